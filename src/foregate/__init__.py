@@ -1,0 +1,28 @@
+"""Foregate runs Mixture-of-Experts language models that are larger than the memory you have.
+
+    foregate.convert("path/to/checkpoint", "model.store")
+    model = foregate.load("model.store", memory="25%")    # an ordinary transformers model
+"""
+
+from typing import TYPE_CHECKING, Any
+
+from foregate.errors import ForegateError
+
+if TYPE_CHECKING:
+    from foregate.checkpoint.convert import convert
+    from foregate.checkpoint.verify import verify
+    from foregate.model.loading import load
+
+__version__ = "0.1.0"
+__all__ = ["ForegateError", "__version__", "convert", "load", "verify"]
+
+_HOMES = {"convert": "checkpoint.convert", "load": "model.loading", "verify": "checkpoint.verify"}
+
+
+def __getattr__(name: str) -> Any:
+    """Import the heavy parts (torch, transformers) only when they are used."""
+    if name in _HOMES:
+        from importlib import import_module
+
+        return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    raise AttributeError(f"module {__name__} has no attribute {name}")

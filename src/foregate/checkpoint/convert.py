@@ -1,0 +1,158 @@
+"""Conversion: a checkpoint becomes a store, one expert at a time.
+
+All work happens in `DST.partial`, whose journal records every finished layer: a conversion that was killed goes on
+where it stopped. The folder gets its final name in one step at the end, so a store is complete or not there at all.
+"""
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+from foregate.checkpoint.architecture import Architecture, inspect_architecture
+from foregate.checkpoint.expert_reader import ExpertReader
+from foregate.checkpoint.source import STORE_MANIFEST, Checkpoint, open_checkpoint
+from foregate.checkpoint.store import (
+    BACKBONE_FILE,
+    EXPERTS_FILE,
+    FORMAT_VERSION,
+    LayerInfo,
+    Manifest,
+    RecordLayout,
+    experts_header,
+)
+from foregate.checkpoint.tensors import build_header, write_all
+from foregate.checkpoint.workspace import Workspace
+from foregate.config import ConvertConfig
+from foregate.errors import ForegateError
+
+Progress = Callable[[int, int], None]  # (bytes done, bytes in all)
+
+
+def convert(
+    source: str | Path, destination: str | Path, *, bits: int = ConvertConfig.bits, progress: Progress | None = None
+) -> Path:
+    """Convert the checkpoint `source` (folder or hub id) into a store at `destination`; returns its path.
+
+    Peak memory is a few experts beside the libraries, whatever the model's size. Run again after an interruption, it
+    resumes. Raises ForegateError on input it cannot convert, an existing destination, or lack of disk space.
+    """
+    if bits != 16:
+        raise ForegateError(f"--bits {bits} is not available yet: 16 (the checkpoint's own precision) is")
+    destination = Path(destination).expanduser().absolute()
+    if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
+        raise ForegateError(f"{destination} exists already: remove it or name another destination")
+    checkpoint = open_checkpoint(source)
+    architecture = inspect_architecture(checkpoint.config)
+    reader = ExpertReader(checkpoint, architecture)
+    job = _Job(checkpoint, architecture, reader, bits)
+    try:
+        with Workspace(destination, job.fingerprint, job.output_bytes) as work:
+            job.run(work, progress or (lambda done, total: None))
+            work.publish()
+    except OSError as error:
+        raise _io_error(error, destination) from None
+    return destination
+
+
+class _Job:
+    """One conversion: what will be written is known before the first byte is."""
+
+    def __init__(self, checkpoint: Checkpoint, architecture: Architecture, reader: ExpertReader, bits: int) -> None:
+        self.checkpoint, self.architecture, self.reader, self.bits = checkpoint, architecture, reader, bits
+        self.layers = tuple(
+            LayerInfo(layer.name, layer.num_experts, layer.top_k, RecordLayout.of(reader.read(layer, 0)))
+            for layer in architecture.layers
+        )
+        self.experts_header = experts_header(self.layers)
+        self.experts_bytes = len(self.experts_header) + sum(n.num_experts * n.layout.nbytes for n in self.layers)
+        entries = [checkpoint.tensors[key] for key in reader.backbone]
+        self.backbone_header = build_header({e.name: (e.dtype, e.shape, e.nbytes) for e in entries})
+        self.backbone_bytes = len(self.backbone_header) + sum(entry.nbytes for entry in entries)
+
+    @property
+    def output_bytes(self) -> int:
+        return self.experts_bytes + self.backbone_bytes
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes whenever a resumed conversion would not continue the same work."""
+        files = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in self.checkpoint.weight_files()]
+        facts = [FORMAT_VERSION, self.bits, str(self.checkpoint.path), files]
+        return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+
+    def run(self, work: Workspace, progress: Progress) -> None:
+        work.allocate(EXPERTS_FILE, self.experts_bytes)
+        work.allocate(BACKBONE_FILE, self.backbone_bytes)
+        done = 0
+        if work.backbone_checksum is None:
+            work.backbone_finished(self._write_backbone(work, lambda n: progress(n, self.output_bytes)))
+        done += self.backbone_bytes
+        progress(done, self.output_bytes)
+        for index, layer in enumerate(self.layers):
+            if index >= len(work.layer_checksums):
+                start = done
+                write = self._write_layer(work, index, lambda n, start=start: progress(start + n, self.output_bytes))
+                work.layer_finished(write)
+            done += layer.num_experts * layer.layout.nbytes
+            progress(done, self.output_bytes)
+        self._copy_side_files(work)
+        work.write_text(STORE_MANIFEST, self._manifest(work).to_json())
+
+    def _write_backbone(self, work: Workspace, advance: Callable[[int], None]) -> str:
+        checksum, offset = hashlib.sha256(self.backbone_header), len(self.backbone_header)
+        with work.open(BACKBONE_FILE) as fd:
+            write_all(fd, self.backbone_header, 0)
+            for key in self.reader.backbone:
+                for piece in self.checkpoint.tensors[key].chunks():
+                    write_all(fd, piece, offset)
+                    checksum.update(piece)
+                    offset += len(piece)
+                    advance(offset)
+        return checksum.hexdigest()
+
+    def _write_layer(self, work: Workspace, index: int, advance: Callable[[int], None]) -> list[str]:
+        info, module = self.layers[index], self.architecture.layers[index]
+        base = len(self.experts_header) + sum(n.num_experts * n.layout.nbytes for n in self.layers[:index])
+        checksums = []
+        with work.open(EXPERTS_FILE) as fd:
+            if index == 0:
+                write_all(fd, self.experts_header, 0)
+            for expert in range(info.num_experts):
+                record = info.layout.pack(self.reader.read(module, expert))
+                write_all(fd, record, base + expert * info.layout.nbytes)
+                checksums.append(hashlib.sha256(record).hexdigest())
+                advance((expert + 1) * info.layout.nbytes)
+        return checksums
+
+    def _copy_side_files(self, work: Workspace) -> None:
+        for file in self.checkpoint.side_files():
+            if file.name == "config.json":
+                config = json.loads(file.read_text())
+                for unwanted in ("quantization_config", "auto_map"):  # records are not quantized; code is never run
+                    config.pop(unwanted, None)
+                work.write_text("config.json", json.dumps(config, indent=2))
+            else:
+                shutil.copyfile(file, work.path / file.name)
+
+    def _manifest(self, work: Workspace) -> Manifest:
+        return Manifest(
+            model_class=self.architecture.class_name,
+            model_type=self.checkpoint.config.model_type,
+            bits=self.bits,
+            layers=self.layers,
+            checksums=tuple(tuple(sums) for sums in work.layer_checksums),
+            backbone_checksum=work.backbone_checksum or "",
+            backbone_bytes=self.backbone_bytes,
+        )
+
+
+def _io_error(error: OSError, destination: Path) -> ForegateError:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        kept = Workspace.path_for(destination)
+        what = f"finished layers are kept in {kept}: free space and run again" if kept.exists() else "nothing was left"
+        return ForegateError(f"the disk of {destination} is full; {what}")
+    return ForegateError(f"cannot write {error.filename or destination}: {os.strerror(error.errno or 0)}")

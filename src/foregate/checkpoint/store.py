@@ -1,0 +1,254 @@
+"""The store: a converted model on disk, one record per expert (docs/store.md describes the format).
+
+A store is a folder that stays a normal model folder: `config.json`, tokenizer, `model.safetensors` with the backbone
+only. Beside them `experts.safetensors` holds one U8 tensor per expert: its record, padded to 4096 bytes and starting
+at a multiple of 4096, so that one direct read moves one expert; `foregate.json` describes records and checksums.
+"""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from foregate.checkpoint.source import STORE_MANIFEST
+from foregate.checkpoint.tensors import DTYPE_NAMES, DTYPES, build_header, read_header
+from foregate.errors import ForegateError
+
+FORMAT_VERSION = 1
+ALIGNMENT = 4096  # of records: the unit of direct I/O
+BACKBONE_FILE = "model.safetensors"
+EXPERTS_FILE = "experts.safetensors"
+
+ExpertKey = tuple[int, int]  # (index of the MoE layer, index of the expert in it)
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """One tensor inside a record."""
+
+    name: str
+    dtype: str  # safetensors' names: BF16, F16, F32 ...
+    shape: tuple[int, ...]
+    offset: int  # bytes from the start of the record
+
+    @property
+    def nbytes(self) -> int:
+        return DTYPES[self.dtype].itemsize * torch.Size(self.shape).numel()
+
+
+@dataclass(frozen=True)
+class RecordLayout:
+    """How the bytes of one expert are laid out: tensors one after another, each 64-aligned, padded to 4096 at the end."""
+
+    tensors: tuple[TensorSpec, ...]
+
+    @classmethod
+    def of(cls, tensors: dict[str, torch.Tensor]) -> "RecordLayout":
+        """The layout that holds these tensors, in this order."""
+        specs, offset = [], 0
+        for name, tensor in tensors.items():
+            spec = TensorSpec(name, DTYPE_NAMES[tensor.dtype], tuple(tensor.shape), offset)
+            specs.append(spec)
+            offset = _round_up(offset + spec.nbytes, 64)
+        return cls(tuple(specs))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the record, padding included."""
+        return _round_up(max(spec.offset + spec.nbytes for spec in self.tensors), ALIGNMENT)
+
+    def pack(self, tensors: dict[str, torch.Tensor]) -> bytearray:
+        """The record of an expert. Raises ForegateError when a tensor does not match the layout."""
+        record = bytearray(self.nbytes)
+        view = torch.frombuffer(record, dtype=torch.uint8)
+        for spec in self.tensors:
+            tensor = tensors[spec.name]
+            if tuple(tensor.shape) != spec.shape or tensor.dtype != DTYPES[spec.dtype]:
+                raise ForegateError(
+                    f"expert tensor {spec.name} is {tensor.dtype} {tuple(tensor.shape)} where the layer's first expert "
+                    f"has {spec.dtype} {spec.shape}: experts of one layer must be alike"
+                )
+            view[spec.offset : spec.offset + spec.nbytes] = tensor.reshape(-1).view(torch.uint8)
+        return record
+
+    def unpack(self, record: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Views of the tensors in `record` (uint8 [nbytes]); nothing is copied."""
+        return {
+            spec.name: record[spec.offset : spec.offset + spec.nbytes].view(DTYPES[spec.dtype]).view(spec.shape)
+            for spec in self.tensors
+        }
+
+
+@dataclass(frozen=True)
+class LayerInfo:
+    """One MoE layer of the store."""
+
+    module: str  # path of its experts module in the transformers model
+    num_experts: int
+    top_k: int
+    layout: RecordLayout
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The content of `foregate.json`."""
+
+    model_class: str
+    model_type: str
+    bits: int
+    layers: tuple[LayerInfo, ...]
+    checksums: tuple[tuple[str, ...], ...]  # SHA-256 of every record, by layer and expert
+    backbone_checksum: str  # SHA-256 of model.safetensors
+    backbone_bytes: int
+
+    def to_json(self) -> str:
+        layers = [asdict(layer) for layer in self.layers]
+        for layer, checksums in zip(layers, self.checksums, strict=True):
+            layer["checksums"] = list(checksums)
+        return json.dumps(
+            {
+                "format": "foregate store",
+                "version": FORMAT_VERSION,
+                "model": {"class": self.model_class, "type": self.model_type},
+                "quantization": {"bits": self.bits},
+                "backbone": {"bytes": self.backbone_bytes, "sha256": self.backbone_checksum},
+                "layers": layers,
+            },
+            indent=1,
+        )
+
+    @classmethod
+    def from_json(cls, text: str) -> "Manifest":
+        """Raises KeyError, TypeError or ValueError when the text is not a manifest of this version."""
+        data = json.loads(text)
+        return cls(
+            model_class=data["model"]["class"],
+            model_type=data["model"]["type"],
+            bits=int(data["quantization"]["bits"]),
+            layers=tuple(_layer_from_json(layer) for layer in data["layers"]),
+            checksums=tuple(tuple(layer["checksums"]) for layer in data["layers"]),
+            backbone_checksum=data["backbone"]["sha256"],
+            backbone_bytes=int(data["backbone"]["bytes"]),
+        )
+
+
+class Store:
+    """An opened store. Opening checks versions, headers and sizes; `verify` checks every byte."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path).expanduser()
+        self.manifest = _read_manifest(self.path)
+        self.experts_path = self.path / EXPERTS_FILE
+        self.backbone_path = self.path / BACKBONE_FILE
+        self._offsets = self._check_experts_file()
+        self._check_backbone_file()
+
+    @property
+    def layers(self) -> tuple[LayerInfo, ...]:
+        return self.manifest.layers
+
+    @property
+    def num_experts(self) -> int:
+        """Experts over all layers."""
+        return sum(layer.num_experts for layer in self.layers)
+
+    @property
+    def record_bytes(self) -> int:
+        """Bytes of the largest record: the size of a slot."""
+        return max(layer.layout.nbytes for layer in self.layers)
+
+    @property
+    def experts_bytes(self) -> int:
+        """Bytes of all records."""
+        return sum(layer.num_experts * layer.layout.nbytes for layer in self.layers)
+
+    @property
+    def top_k(self) -> int:
+        """The most experts that one token uses in any layer."""
+        return max(layer.top_k for layer in self.layers)
+
+    def location(self, key: ExpertKey) -> tuple[int, int]:
+        """(offset in the experts file, bytes) of a record; both multiples of 4096."""
+        layer, expert = key
+        nbytes = self.layers[layer].layout.nbytes
+        return self._offsets[layer] + expert * nbytes, nbytes
+
+    def record_name(self, key: ExpertKey) -> str:
+        """The record's tensor name in the experts file."""
+        return record_name(self.layers[key[0]], key[1])
+
+    def _check_experts_file(self) -> list[int]:
+        entries = read_header(self.experts_path)
+        offsets = []
+        for layer in self.layers:
+            first = entries.get(record_name(layer, 0))
+            offsets.append(first.start if first else 0)
+            for expert in range(layer.num_experts):
+                entry = entries.pop(record_name(layer, expert), None)
+                expected = offsets[-1] + expert * layer.layout.nbytes
+                if entry is None or entry.start != expected or entry.nbytes != layer.layout.nbytes:
+                    raise _damaged(self.experts_path, f"record {record_name(layer, expert)} is missing or misplaced")
+            if offsets[-1] % ALIGNMENT:
+                raise _damaged(self.experts_path, f"records of {layer.module} are not aligned to {ALIGNMENT} bytes")
+        if entries:
+            raise _damaged(self.experts_path, f"it holds unknown records, first {next(iter(entries))}")
+        return offsets
+
+    def _check_backbone_file(self) -> None:
+        read_header(self.backbone_path)
+        if self.backbone_path.stat().st_size != self.manifest.backbone_bytes:
+            raise _damaged(self.backbone_path, f"its size is not the {self.manifest.backbone_bytes:,} bytes recorded")
+
+
+def record_name(layer: LayerInfo, expert: int) -> str:
+    """Tensor name of a record in the experts file."""
+    return f"{layer.module}.{expert}"
+
+
+def experts_header(layers: tuple[LayerInfo, ...]) -> bytes:
+    """The header of the experts file, padded so that the first record is aligned."""
+    tensors = {
+        record_name(layer, expert): ("U8", (layer.layout.nbytes,), layer.layout.nbytes)
+        for layer in layers
+        for expert in range(layer.num_experts)
+    }
+    return build_header(tensors, align=ALIGNMENT)
+
+
+def _read_manifest(path: Path) -> Manifest:
+    file = path / STORE_MANIFEST
+    if not path.is_dir():
+        raise ForegateError(f"no such store: {path}")
+    if not file.is_file():
+        hint = "convert it first: foregate convert SRC DST" if (path / "config.json").exists() else "name a store folder"
+        raise ForegateError(f"{path} is not a Foregate store (no {STORE_MANIFEST}): {hint}")
+    try:
+        text = file.read_text()
+        version = json.loads(text)["version"]
+        if isinstance(version, int) and version > FORMAT_VERSION:
+            raise ForegateError(
+                f"{path} has store version {version}, this Foregate reads up to {FORMAT_VERSION}: update Foregate"
+            )
+        return Manifest.from_json(text)
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise _damaged(file, "it is not a store manifest") from None
+
+
+def _layer_from_json(data: dict) -> LayerInfo:
+    tensors = tuple(
+        TensorSpec(t["name"], t["dtype"], tuple(int(n) for n in t["shape"]), int(t["offset"]))
+        for t in data["layout"]["tensors"]
+    )
+    layer = LayerInfo(data["module"], int(data["num_experts"]), int(data["top_k"]), RecordLayout(tensors))
+    if len(data["checksums"]) != layer.num_experts or any(t.dtype not in DTYPES for t in tensors):
+        raise ValueError(layer.module)
+    return layer
+
+
+def _damaged(file: Path, what: str) -> ForegateError:
+    return ForegateError(f"{file} is damaged: {what}; convert the model again")
+
+
+def _round_up(value: int, step: int) -> int:
+    return -(-value // step) * step

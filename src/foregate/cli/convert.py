@@ -1,0 +1,33 @@
+"""`foregate convert`: a checkpoint becomes a store."""
+
+import time
+from pathlib import Path
+
+import typer
+
+from foregate.cli.progress import byte_progress
+from foregate.config import ConvertConfig
+
+NAME = "convert"
+
+
+def run(
+    source: str = typer.Argument(..., metavar="SRC", help="Checkpoint folder with safetensors weights, or a hub id."),
+    destination: Path = typer.Argument(..., metavar="DST", help="Where the store will be; must not exist yet."),
+    bits: int = typer.Option(ConvertConfig.bits, help="Bits per expert weight. 16 keeps the checkpoint's own precision."),
+) -> None:
+    """Convert a Hugging Face MoE checkpoint into a store, one expert at a time.
+
+    Needs little memory whatever the model's size. Interrupted or killed, run the same command again: it resumes.
+    """
+    from foregate import convert
+    from foregate.checkpoint.store import Store
+
+    start = time.perf_counter()
+    with byte_progress("converting") as progress:
+        path = convert(source, destination, bits=bits, progress=progress)
+    store = Store(path)
+    print(
+        f"{path}: {len(store.layers)} MoE layers, {store.num_experts} experts of {store.record_bytes / 2**20:.2f} MiB, "
+        f"backbone {store.manifest.backbone_bytes / 2**20:.1f} MiB, in {time.perf_counter() - start:.1f} s"
+    )

@@ -1,0 +1,73 @@
+"""`foregate generate`: stream text from a store, then say how it went."""
+
+import sys
+import time
+from pathlib import Path
+
+import typer
+
+from foregate.config import EngineConfig, GenerateConfig
+
+NAME = "generate"
+POLICY_HELP = "What stays in memory: lru (least recently used leaves first) or demand (nothing is kept)."
+MEMORY_HELP = "A share of the experts (25%), or bytes for backbone and experts together (8GiB)."
+
+
+def run(
+    store: Path = typer.Argument(..., metavar="STORE", help="Folder of a converted model."),
+    prompt: str = typer.Option(..., help="Text to continue."),
+    max_new_tokens: int = typer.Option(GenerateConfig.max_new_tokens, help="Stop after so many tokens."),
+    memory: str = typer.Option(EngineConfig.memory, help=MEMORY_HELP),
+    policy: str = typer.Option(EngineConfig.policy, help=POLICY_HELP),
+    temperature: float = typer.Option(GenerateConfig.temperature, help="0 is greedy; higher is more random."),
+    top_p: float = typer.Option(GenerateConfig.top_p, help="Sample from the likeliest tokens of this total share."),
+    seed: int = typer.Option(GenerateConfig.seed, help="Seed of the sampling."),
+    report: Path | None = typer.Option(None, help="Write a JSON report of the run to this file."),
+) -> None:
+    """Continue a prompt with only part of the model's experts in memory.
+
+    The text goes to stdout as it comes, the summary to stderr. It is the same text for every memory size and policy.
+    """
+    generate_and_report(
+        store,
+        prompt,
+        {"memory": memory, "policy": policy},
+        {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "seed": seed},
+        report,
+    )
+
+
+def generate_and_report(
+    store: Path, prompt: str, engine_settings: dict, generate_settings: dict, report_path: Path | None
+) -> None:
+    """Load, stream the text to stdout, print the summary to stderr and write the report if asked."""
+    from foregate import ForegateError, load
+    from foregate.checkpoint.store import Store
+    from foregate.cli.summary import print_summary
+    from foregate.model.generate import generate, load_tokenizer
+    from foregate.report import build_report, write_report
+
+    if report_path is not None and not report_path.absolute().parent.is_dir():
+        raise ForegateError(f"no such folder for the report: {report_path.absolute().parent}")
+    start = time.perf_counter()
+    Store(store)  # what is wrong with the folder is said before anything is loaded
+    tokenizer = load_tokenizer(str(store))
+    model = load(store, **engine_settings)
+    load_seconds = time.perf_counter() - start
+    sys.stdout.write(prompt)
+    result = generate(model, tokenizer, prompt, emit=_write, **generate_settings)
+    _write("\n")
+    report = build_report(
+        model.foregate,
+        {**engine_settings, **generate_settings},
+        {"prompt": result.prompt_tokens, "generated": result.new_tokens},
+        {"load": load_seconds, "first_token": result.first_token_seconds, "decode": result.decode_seconds},
+    )
+    if report_path is not None:
+        write_report(report, report_path)
+    print_summary(report)
+
+
+def _write(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()

@@ -1,0 +1,47 @@
+"""The `foregate` command: one file per subcommand, errors as one line, exit codes 0 (done), 1 (bug), 2 (your input)."""
+
+import sys
+
+import typer
+
+from foregate import ForegateError, __version__
+from foregate.cli import convert, demo, generate, verify
+
+app = typer.Typer(
+    name="foregate",
+    help="Run Mixture-of-Experts language models that are larger than the memory you have.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+for module in (demo, convert, verify, generate):
+    app.command(name=module.NAME)(module.run)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"foregate {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: bool = typer.Option(False, "--version", callback=_print_version, is_eager=True, help="Print the version."),
+) -> None:
+    pass
+
+
+def main() -> None:
+    """Entry point: what the user can mend becomes one line on stderr and exit code 2."""
+    try:
+        app()
+    except ForegateError as error:
+        print(f"foregate: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("\nforegate: interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

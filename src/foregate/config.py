@@ -1,0 +1,42 @@
+"""Every default lives here, once; the command line reads them from these dataclasses."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class ConvertConfig:
+    """How a checkpoint becomes a store."""
+
+    bits: int = 16  # bits per expert weight; 16 keeps the checkpoint's own precision
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """How a store is run."""
+
+    memory: str = "25%"  # a share of the experts, or bytes for backbone and experts together
+    policy: str = "lru"
+    readers: int = 2  # threads that read records; more only add latency on one disk
+
+
+@dataclass(frozen=True)
+class GenerateConfig:
+    """How text is generated."""
+
+    max_new_tokens: int = 128
+    temperature: float = 0.0  # 0 is greedy
+    top_p: float = 1.0
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class DemoConfig:
+    """What `foregate demo` runs; paths are relative to the project's folder."""
+
+    model: str = "demo/mixtral-tiny"
+    store: str = "build/demo.store"
+    prompt: str = "In the beginning"
+    max_new_tokens: int = 200
+    temperature: float = 0.7
+    top_p: float = 0.95
+    seed: int = 7

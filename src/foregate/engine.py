@@ -1,0 +1,124 @@
+"""The engine: runs one MoE layer at a time with its experts in slots. `_run_layer` is the step, top to bottom."""
+
+import threading
+import time
+
+import torch
+from torch import nn
+
+from foregate.checkpoint.store import ExpertKey, Store
+from foregate.kernels.reference import expert_mlp
+from foregate.memory.budget import Budget
+from foregate.memory.disk import DiskReader
+from foregate.memory.slots import SlotMemory
+from foregate.report import Recorder
+from foregate.schedule import Load, make_scheduler
+
+
+class Engine:
+    """Ties scheduler, slots, reader and kernel together for one model.
+
+    The output does not depend on policy or budget: they only decide when bytes move. One layer runs at a time,
+    whichever thread asks.
+    """
+
+    def __init__(self, store: Store, budget: Budget, policy: str, readers: int) -> None:
+        self.store, self.budget, self.policy = store, budget, policy
+        self.scheduler = make_scheduler(policy, budget.slots)
+        self.recorder = Recorder(len(store.layers))
+        self._memory = SlotMemory(budget.slots, budget.slot_bytes)
+        self._reader = DiskReader(store, self._memory, readers)
+        self._lock = threading.Lock()
+
+    @property
+    def direct_reads(self) -> bool:
+        """Whether records are read past the page cache."""
+        return self._reader.direct
+
+    def run_layer(
+        self, layer: int, hidden: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor, experts: nn.Module
+    ) -> torch.Tensor:
+        """What the routed experts of MoE layer `layer` add: sum over k of weight * expert(hidden).
+
+        hidden: [tokens, hidden]; top_k_index, top_k_weights: [tokens, k]; experts: the family's module. Returns
+        [tokens, hidden]. Raises ForegateError when a record cannot be read; the next call then starts with empty slots.
+        """
+        with self._lock:
+            try:
+                return self._run_layer(layer, hidden, top_k_index, top_k_weights, experts)
+            except BaseException:
+                self._empty_slots()
+                raise
+
+    def close(self) -> None:
+        """End the reader threads. The model cannot run afterwards."""
+        with self._lock:
+            self._reader.close()
+
+    def _run_layer(
+        self, layer: int, hidden: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor, experts: nn.Module
+    ) -> torch.Tensor:
+        top_k = top_k_index.shape[-1]
+        places = places_by_expert(top_k_index, self.store.layers[layer].num_experts)
+        outputs = hidden.new_zeros(hidden.shape[0] * top_k, hidden.shape[1])
+
+        self._record_routing(layer, places)
+        self._carry_out(self.scheduler.routed(layer, places))
+        waiting = dict(places)
+        while waiting:
+            expert = next((e for e in waiting if self.scheduler.is_resident((layer, e))), None)
+            if expert is None:  # nothing to compute until a load arrives
+                self._await_load(layer)
+                continue
+            rows = waiting.pop(expert)
+            outputs[rows] = expert_mlp(hidden[rows // top_k], self._weights((layer, expert)), experts)
+            self._carry_out(self.scheduler.computed((layer, expert)))
+        return weighted_sum(outputs.view(-1, top_k, hidden.shape[1]), top_k_weights)
+
+    def _carry_out(self, loads: list[Load]) -> None:
+        for load in loads:
+            self._reader.submit(load)
+
+    def _await_load(self, layer: int) -> None:
+        start = time.perf_counter()
+        finished = self._reader.wait()
+        self.recorder.stalled(layer, time.perf_counter() - start)
+        if finished.error:
+            raise finished.error
+        self.recorder.loaded(layer, finished.nbytes)
+        self._carry_out(self.scheduler.arrived(finished.key))
+
+    def _weights(self, key: ExpertKey) -> dict[str, torch.Tensor]:
+        layout = self.store.layers[key[0]].layout
+        return layout.unpack(self._memory.record(self.scheduler.slot(key), layout.nbytes))
+
+    def _record_routing(self, layer: int, places: dict[int, torch.Tensor]) -> None:
+        hits = sum(self.scheduler.is_resident((layer, expert)) for expert in places)
+        self.recorder.routed(layer, hits, len(places) - hits)
+
+    def _empty_slots(self) -> None:
+        """After an error or an interruption: let loads in flight land, then forget what the slots hold."""
+        while self._reader.in_flight:
+            self._reader.wait()
+        self.scheduler = make_scheduler(self.policy, self.budget.slots)
+
+
+def places_by_expert(top_k_index: torch.Tensor, num_experts: int) -> dict[int, torch.Tensor]:
+    """For each chosen expert, ascending: where it was chosen, as positions in the flattened [tokens, k] index.
+
+    Indices outside 0..num_experts-1 are a family's way to say "no expert" and are left out.
+    """
+    flat = top_k_index.reshape(-1)
+    order = torch.argsort(flat, stable=True)
+    chosen, counts = torch.unique_consecutive(flat[order], return_counts=True)
+    groups = zip(chosen.tolist(), order.split(counts.tolist()), strict=True)
+    return {expert: rows for expert, rows in groups if 0 <= expert < num_experts}
+
+
+def weighted_sum(outputs: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """Sum over k of outputs [tokens, k, hidden] * weights [tokens, k], always in the order of k."""
+    weights = weights.to(outputs.dtype).unsqueeze(-1)
+    total = outputs[:, 0] * weights[:, 0]
+    for rank in range(1, outputs.shape[1]):
+        total += outputs[:, rank] * weights[:, rank]
+    return total

@@ -1,0 +1,59 @@
+"""The plug-in for transformers: experts modules without weights that ask the engine instead."""
+
+import contextlib
+import sys
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+
+from foregate.engine import Engine
+
+
+class StreamedExperts:
+    """Mixed into a family's experts class: same call, no parameters; `connect` says where results come from."""
+
+    _engine: Engine | None = None
+    _layer: int = -1
+
+    def connect(self, engine: Engine, layer: int) -> None:
+        """Answer calls by MoE layer `layer` of `engine`."""
+        self._engine, self._layer = engine, layer
+
+    def forward(
+        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
+        """hidden_states [..., hidden], index and weights [tokens, k]; returns the shape of hidden_states."""
+        if self._engine is None:
+            raise RuntimeError("these experts are not connected to an engine: load the model with foregate.load")
+        flat = hidden_states.reshape(-1, hidden_states.shape[-1])
+        result = self._engine.run_layer(self._layer, flat, top_k_index, top_k_weights, self)
+        return result.to(hidden_states.dtype).view(hidden_states.shape)
+
+
+def _streamed(experts_class: type[nn.Module]) -> type[nn.Module]:
+    def __init__(self: nn.Module, *args: object, **kwargs: object) -> None:
+        with torch.device("meta"):  # the weights' shapes are made and dropped, never their memory
+            experts_class.__init__(self, *args, **kwargs)
+        for name in list(self._parameters):
+            del self._parameters[name]
+        self._is_hf_initialized = True  # there is nothing to initialise
+
+    return type("Streamed" + experts_class.__name__, (StreamedExperts, experts_class), {"__init__": __init__})
+
+
+@contextlib.contextmanager
+def streamed_experts(classes: set[type[nn.Module]]) -> Iterator[None]:
+    """While this context lasts, models are built with streamed experts in the place of these classes.
+
+    A model builds its experts by the class's name in its own module; swapping that name is all it takes, and the
+    family's modelling code runs unchanged. (transformers' patch registry would do, but in 5.17 it imports every model.)
+    """
+    saved = [(sys.modules[cls.__module__], cls.__name__, cls) for cls in classes]
+    try:
+        for module, name, cls in saved:
+            setattr(module, name, _streamed(cls))
+        yield
+    finally:
+        for module, name, cls in saved:
+            setattr(module, name, cls)

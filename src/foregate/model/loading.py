@@ -1,0 +1,106 @@
+"""Loading a store as a transformers model: the backbone in memory, the experts behind an engine."""
+
+import contextlib
+import threading
+import weakref
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel
+from transformers.utils import logging
+
+from foregate.checkpoint.architecture import Architecture, auto_class, inspect_architecture
+from foregate.checkpoint.source import load_config
+from foregate.checkpoint.store import Store
+from foregate.config import EngineConfig
+from foregate.engine import Engine
+from foregate.errors import ForegateError
+from foregate.memory.budget import divide
+from foregate.model.experts import streamed_experts
+
+_BUILDING = threading.Lock()  # class names are swapped while a model is built
+
+
+def load(
+    store: str | Path,
+    *,
+    memory: str | int = EngineConfig.memory,
+    policy: str = EngineConfig.policy,
+    readers: int = EngineConfig.readers,
+) -> PreTrainedModel:
+    """Load a store as a transformers model whose experts are read on demand.
+
+    memory: a share of the experts ("25%") or bytes ("8GiB", 8589934592) for backbone and experts together. policy:
+    "lru" or "demand". Computation is in float32 on the CPU. The result is an ordinary model: `generate`, pipelines and
+    evaluation harnesses work on it; its `foregate` attribute is the engine. Raises ForegateError on a damaged store, a
+    budget that is too small or an unknown policy.
+    """
+    opened = Store(store)
+    architecture = inspect_architecture(load_config(opened.path))
+    _check_match(opened, architecture)
+    budget = divide(str(memory), opened, _backbone_bytes(architecture))
+    engine = Engine(opened, budget, policy, readers)
+    try:
+        model = _build_backbone(opened.path, architecture)
+        _connect(model, opened, engine)
+    except BaseException:
+        engine.close()
+        raise
+    model.foregate = engine
+    weakref.finalize(model, engine.close)
+    return model
+
+
+def _build_backbone(path: Path, architecture: Architecture) -> PreTrainedModel:
+    with _BUILDING, _quiet(), streamed_experts(architecture.expert_classes):
+        model, info = auto_class(architecture.model.config).from_pretrained(
+            path,
+            dtype=torch.float32,
+            trust_remote_code=False,
+            local_files_only=True,
+            use_safetensors=True,
+            output_loading_info=True,
+        )
+    if info["missing_keys"] or info["mismatched_keys"]:
+        names = sorted(str(key) for key in [*info["missing_keys"], *info["mismatched_keys"]])
+        raise ForegateError(
+            f"{path}: the backbone has {len(names)} weights missing or of the wrong shape, first {names[0]}: convert "
+            "the model again"
+        )
+    return model.eval()
+
+
+def _connect(model: PreTrainedModel, store: Store, engine: Engine) -> None:
+    for index, layer in enumerate(store.layers):
+        model.get_submodule(layer.module).connect(engine, index)
+
+
+def _check_match(store: Store, architecture: Architecture) -> None:
+    found = [(layer.name, layer.num_experts, set(layer.params)) for layer in architecture.layers]
+    stored = [(n.module, n.num_experts, {t.name for t in n.layout.tensors}) for n in store.layers]
+    if found != stored:
+        raise ForegateError(
+            f"{store.path}: config.json describes another model than foregate.json does: convert the model again"
+        )
+
+
+def _backbone_bytes(architecture: Architecture) -> int:
+    """Bytes of everything but the experts in float32; tied weights count once."""
+    experts = {f"{layer.name}.{name}" for layer in architecture.layers for name in layer.params}
+    backbone = (param for name, param in architecture.model.named_parameters() if name not in experts)
+    return sum(param.numel() * torch.float32.itemsize for param in backbone)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """No progress bar and no advice while a backbone loads: it takes a moment, and errors are raised anyway."""
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()

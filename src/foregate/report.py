@@ -1,0 +1,115 @@
+"""What a run did, as numbers: counters while it runs, one JSON report after it."""
+
+import json
+import os
+import platform
+import resource
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from foregate.errors import ForegateError
+
+REPORT_VERSION = 1
+
+
+@dataclass
+class LayerCounts:
+    """One MoE layer's traffic. Experts are counted once per layer call, however many tokens chose them."""
+
+    hits: int = 0
+    misses: int = 0
+    bytes_read: int = 0
+    stall_seconds: float = 0.0  # compute stood still for a load
+
+
+@dataclass
+class Recorder:
+    """Counts what the engine does."""
+
+    num_layers: int
+    layers: list[LayerCounts] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        """Start counting anew."""
+        self.layers = [LayerCounts() for _ in range(self.num_layers)]
+
+    def routed(self, layer: int, hits: int, misses: int) -> None:
+        self.layers[layer].hits += hits
+        self.layers[layer].misses += misses
+
+    def loaded(self, layer: int, nbytes: int) -> None:
+        self.layers[layer].bytes_read += nbytes
+
+    def stalled(self, layer: int, seconds: float) -> None:
+        self.layers[layer].stall_seconds += seconds
+
+    def totals(self) -> LayerCounts:
+        """All layers together."""
+        return LayerCounts(
+            hits=sum(layer.hits for layer in self.layers),
+            misses=sum(layer.misses for layer in self.layers),
+            bytes_read=sum(layer.bytes_read for layer in self.layers),
+            stall_seconds=sum(layer.stall_seconds for layer in self.layers),
+        )
+
+
+def peak_memory_bytes() -> int:
+    """The most memory this process ever held resident."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def build_report(engine: Any, settings: dict[str, Any], tokens: dict[str, int], seconds: dict[str, float]) -> dict:
+    """The report of one run: settings, machine, speed, traffic over all and by layer. Times in seconds, sizes in bytes."""
+    from foregate import __version__
+
+    totals, used = engine.recorder.totals(), engine.budget
+    routed = totals.hits + totals.misses
+    decode_steps = tokens["generated"] - 1  # the first token comes from the prompt's pass
+    return {
+        "report_version": REPORT_VERSION,
+        "foregate": __version__,
+        "model": {
+            "store": str(engine.store.path),
+            "class": engine.store.manifest.model_class,
+            "bits": engine.store.manifest.bits,
+            "layers": len(engine.store.layers),
+            "experts": engine.store.num_experts,
+        },
+        "settings": settings,
+        "machine": {"platform": platform.platform(), "cpus": os.cpu_count(), "threads": torch.get_num_threads()},
+        "versions": {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__},
+        "tokens": tokens,
+        "seconds": seconds,
+        "tokens_per_second": decode_steps / seconds["decode"] if decode_steps > 0 and seconds["decode"] > 0 else None,
+        "experts": {
+            **asdict(totals),
+            "hit_rate": totals.hits / routed if routed else None,
+            "read_path": "direct" if engine.direct_reads else "buffered",
+        },
+        "memory": {
+            "slots": used.slots,
+            "slot_bytes": used.slot_bytes,
+            "backbone_bytes": used.backbone_bytes,
+            "planned_bytes": used.total_bytes,
+            "peak_resident_bytes": peak_memory_bytes(),
+        },
+        "by_layer": [asdict(layer) for layer in engine.recorder.layers],
+    }
+
+
+def write_report(report: dict, path: str | Path) -> None:
+    """Write a report as JSON, whole or not at all. Raises ForegateError when the place cannot be written."""
+    path = Path(path)
+    temporary = path.with_name(path.name + ".new")
+    try:
+        temporary.write_text(json.dumps(report, indent=1) + "\n")
+        temporary.replace(path)
+    except OSError as error:
+        raise ForegateError(f"cannot write the report {path}: {error.strerror}") from None

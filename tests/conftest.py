@@ -1,0 +1,59 @@
+"""Shared fixtures: tiny checkpoints and their stores, made once per test process."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from families import save_tiny
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+from transformers.utils import logging
+
+import foregate
+
+logging.disable_progress_bar()
+torch.set_num_threads(1)  # test processes share the cores
+
+
+def save_byte_tokenizer(path: Path) -> None:
+    """A tokenizer with one token per byte, so that tiny models of 256 tokens read any text."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    core = Tokenizer(models.BPE({symbol: i for i, symbol in enumerate(alphabet)}, []))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    template = "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}"
+    PreTrainedTokenizerFast(tokenizer_object=core, chat_template=template).save_pretrained(path)
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """checkpoint(family): folder of a tiny random checkpoint with a tokenizer. Not to be changed by a test."""
+    made: dict[str, Path] = {}
+
+    def make(family: str) -> Path:
+        if family not in made:
+            made[family] = tmp_path_factory.mktemp("checkpoints") / family
+            save_tiny(family, made[family])
+            save_byte_tokenizer(made[family])
+        return made[family]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def store(checkpoint: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """store(family): folder of the converted tiny checkpoint. Not to be changed by a test."""
+    made: dict[str, Path] = {}
+
+    def make(family: str) -> Path:
+        if family not in made:
+            made[family] = foregate.convert(checkpoint(family), tmp_path_factory.mktemp("stores") / family)
+        return made[family]
+
+    return make
