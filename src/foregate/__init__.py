@@ -1,7 +1,7 @@
 """Foregate runs Mixture-of-Experts language models that are larger than the memory you have.
 
-    foregate.convert("path/to/checkpoint", "model.store")
-    model = foregate.load("model.store", memory="25%")    # an ordinary transformers model
+foregate.convert("path/to/checkpoint", "model.store")
+model = foregate.load("model.store", memory="25%")    # an ordinary transformers model
 """
 
 from typing import TYPE_CHECKING, Any

@@ -36,7 +36,12 @@ class Engine:
         return self._reader.direct
 
     def run_layer(
-        self, layer: int, hidden: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor, experts: nn.Module
+        self,
+        layer: int,
+        hidden: torch.Tensor,
+        top_k_index: torch.Tensor,
+        top_k_weights: torch.Tensor,
+        experts: nn.Module,
     ) -> torch.Tensor:
         """What the routed experts of MoE layer `layer` add: sum over k of weight * expert(hidden).
 
@@ -56,7 +61,12 @@ class Engine:
             self._reader.close()
 
     def _run_layer(
-        self, layer: int, hidden: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor, experts: nn.Module
+        self,
+        layer: int,
+        hidden: torch.Tensor,
+        top_k_index: torch.Tensor,
+        top_k_weights: torch.Tensor,
+        experts: nn.Module,
     ) -> torch.Tensor:
         top_k = top_k_index.shape[-1]
         places = places_by_expert(top_k_index, self.store.layers[layer].num_experts)

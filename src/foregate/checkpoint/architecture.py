@@ -17,7 +17,16 @@ from foregate.errors import ForegateError, first_line
 
 INTERFACE_TRAITS = ("has_gate", "has_bias", "is_transposed", "is_concatenated")  # what the decorator sets
 # Names under which a family's modules or configuration say how many experts a token uses.
-TOP_K_NAMES = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "moe_top_k", "topk", "top_k")
+TOP_K_NAMES = (
+    "num_experts_per_tok",
+    "num_experts_per_token",
+    "moe_topk",
+    "moe_k",
+    "moe_top_k",
+    "top_k_experts",
+    "topk",
+    "top_k",
+)
 AUTO_CLASSES = (AutoModelForCausalLM, AutoModelForImageTextToText)  # the second for families that also see
 
 

@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from foregate.checkpoint.architecture import Architecture, inspect_architecture
@@ -85,18 +86,16 @@ class _Job:
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
     def run(self, work: Workspace, progress: Progress) -> None:
+        """Do what the journal says is still to do."""
         work.allocate(EXPERTS_FILE, self.experts_bytes)
         work.allocate(BACKBONE_FILE, self.backbone_bytes)
-        done = 0
         if work.backbone_checksum is None:
             work.backbone_finished(self._write_backbone(work, lambda n: progress(n, self.output_bytes)))
-        done += self.backbone_bytes
-        progress(done, self.output_bytes)
+        done = self.backbone_bytes + len(self.experts_header)
         for index, layer in enumerate(self.layers):
             if index >= len(work.layer_checksums):
-                start = done
-                write = self._write_layer(work, index, lambda n, start=start: progress(start + n, self.output_bytes))
-                work.layer_finished(write)
+                advance = partial(lambda start, n: progress(start + n, self.output_bytes), done)
+                work.layer_finished(self._write_layer(work, index, advance))
             done += layer.num_experts * layer.layout.nbytes
             progress(done, self.output_bytes)
         self._copy_side_files(work)

@@ -9,6 +9,7 @@ from collections import defaultdict
 from copy import deepcopy
 
 import torch
+from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     Concatenate,
@@ -41,7 +42,9 @@ class ExpertReader:
         mapping = get_model_conversion_mapping(architecture.model, hf_quantizer=_dequantizer(checkpoint))
         self._renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
         self._converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+        # Parameter of the model -> pattern of the conversion (or checkpoint key) -> checkpoint keys, by expert.
         self._sources: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
+        self._one_expert = _OneExpertModel(architecture.model)
         self._sort_keys()
         self._check_complete()
 
@@ -52,14 +55,21 @@ class ExpertReader:
     def _sort_keys(self) -> None:
         state = self.architecture.model.state_dict()
         params = {f"{layer.name}.{name}" for layer in self.architecture.layers for name in layer.params}
+        missing = {name for name, _ in self.architecture.model.named_parameters()} - params  # tied weights count once
         for key in sorted(self.checkpoint.tensors, key=dot_natural_key):
             target, pattern = self._rename(key, state)
             if target in params:
                 self._sources[target][pattern or key].append(key)
             elif target in state:
                 self.backbone.append(key)
+                missing -= self._all_targets(target, pattern)
             else:
                 self.unused.append(key)
+        if missing:
+            raise ForegateError(
+                f"{self.checkpoint.path} holds no tensor for {min(missing)} ({len(missing)} missing): the checkpoint is "
+                "incomplete"
+            )
 
     def _rename(self, key: str, state: dict[str, torch.Tensor]) -> tuple[str, str | None]:
         prefix = self.architecture.model.base_model_prefix
@@ -67,6 +77,13 @@ class ExpertReader:
         if target not in state and key in state:  # already under the model's own name
             target, pattern = rename_source_key(key, [], [], prefix, state)
         return target, pattern
+
+    def _all_targets(self, target: str, pattern: str | None) -> set[str]:
+        """What a checkpoint tensor becomes: one parameter, or several where a conversion splits it."""
+        converter = self._converter(pattern) if pattern else None
+        if converter is None:
+            return {target}
+        return {target.replace(converter.target_patterns[0], name) for name in converter.target_patterns}
 
     def _check_complete(self) -> None:
         for layer in self.architecture.layers:
@@ -114,13 +131,10 @@ class ExpertReader:
             return self._rows(next(iter(sources.values()))[0], expert)
         merges = any(isinstance(op, MergeModulelist) for op in converter.operations)
         for pattern, keys in sources.items():
-            if merges:
-                tensor = self.checkpoint.tensors[keys[expert]].read()
-            else:
-                tensor = self._rows(keys[0], expert)
+            tensor = self.checkpoint.tensors[keys[expert]].read() if merges else self._rows(keys[0], expert)
             converter.add_tensor(target, keys[0], pattern, tensor)
         try:
-            converted = converter.convert(target, model=self.architecture.model, config=self.architecture.model.config)
+            converted = converter.convert(target, model=self._one_expert, config=self.architecture.model.config)
         except (RuntimeError, ValueError) as error:
             raise ForegateError(
                 f"{self.checkpoint.path}: expert {expert} of {target} does not convert: {first_line(error)}"
@@ -136,6 +150,19 @@ class ExpertReader:
 
     def _rows(self, key: str, expert: int) -> torch.Tensor:
         return self.checkpoint.tensors[key].read_row(expert)
+
+
+class _OneExpertModel:
+    """The model as a conversion of one expert sees it: a parameter has the shape of one expert's part."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self._model = model
+
+    def get_parameter(self, name: str) -> torch.Tensor:
+        return self._model.get_parameter(name)[:1]
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._model, name)
 
 
 def _dequantizer(checkpoint: Checkpoint) -> object | None:

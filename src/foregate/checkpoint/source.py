@@ -106,7 +106,9 @@ def _index(path: Path) -> dict[str, TensorEntry]:
         tensors.update(read_header(path / name))
     absent = sorted(set(weight_map or ()) - set(tensors))
     if absent:
-        raise ForegateError(f"{index} names {len(absent)} tensors that no file holds, first {absent[0]}: download again")
+        raise ForegateError(
+            f"{index} names {len(absent)} tensors that no file holds, first {absent[0]}: download again"
+        )
     return tensors
 
 

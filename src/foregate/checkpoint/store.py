@@ -221,7 +221,9 @@ def _read_manifest(path: Path) -> Manifest:
     if not path.is_dir():
         raise ForegateError(f"no such store: {path}")
     if not file.is_file():
-        hint = "convert it first: foregate convert SRC DST" if (path / "config.json").exists() else "name a store folder"
+        hint = (
+            "convert it first: foregate convert SRC DST" if (path / "config.json").exists() else "name a store folder"
+        )
         raise ForegateError(f"{path} is not a Foregate store (no {STORE_MANIFEST}): {hint}")
     try:
         text = file.read_text()

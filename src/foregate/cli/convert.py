@@ -14,7 +14,9 @@ NAME = "convert"
 def run(
     source: str = typer.Argument(..., metavar="SRC", help="Checkpoint folder with safetensors weights, or a hub id."),
     destination: Path = typer.Argument(..., metavar="DST", help="Where the store will be; must not exist yet."),
-    bits: int = typer.Option(ConvertConfig.bits, help="Bits per expert weight. 16 keeps the checkpoint's own precision."),
+    bits: int = typer.Option(
+        ConvertConfig.bits, help="Bits per expert weight. 16 keeps the checkpoint's own precision."
+    ),
 ) -> None:
     """Convert a Hugging Face MoE checkpoint into a store, one expert at a time.
 

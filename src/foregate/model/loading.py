@@ -77,8 +77,8 @@ def _connect(model: PreTrainedModel, store: Store, engine: Engine) -> None:
 
 
 def _check_match(store: Store, architecture: Architecture) -> None:
-    found = [(layer.name, layer.num_experts, set(layer.params)) for layer in architecture.layers]
-    stored = [(n.module, n.num_experts, {t.name for t in n.layout.tensors}) for n in store.layers]
+    found = [(layer.name, layer.num_experts, layer.params) for layer in architecture.layers]
+    stored = [(n.module, n.num_experts, {t.name: t.shape for t in n.layout.tensors}) for n in store.layers]
     if found != stored:
         raise ForegateError(
             f"{store.path}: config.json describes another model than foregate.json does: convert the model again"

@@ -1,0 +1,46 @@
+# Set-up lives in .venv inside the checkout; every target prepares what it needs and stops at the first failing step.
+# On a machine without a GPU, PyTorch's CPU index keeps the download small:
+#   make demo PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu"
+SHELL := /bin/bash -euo pipefail
+PYTHON ?= python3
+PIP_ARGS ?=
+WORKERS ?= 2
+OLDEST := .oldest
+PIP = .venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt $(PIP_ARGS)
+
+.DELETE_ON_ERROR:
+.PHONY: demo test test-oldest lint clean
+
+demo: .venv/ready
+	.venv/bin/foregate demo
+
+test: .venv/ready .venv/ready-test
+	.venv/bin/python -m pytest -n $(WORKERS) tests
+
+# The families again on the oldest transformers that Foregate supports, laid over the same environment.
+test-oldest: .venv/ready-test $(OLDEST)/ready
+	PYTHONPATH=$(OLDEST) .venv/bin/python -m pytest -n $(WORKERS) tests/test_families.py tests/test_interfaces.py
+
+lint: .venv/ready-test
+	.venv/bin/ruff check src tests examples
+	.venv/bin/ruff format --check src tests examples
+
+.venv/ready: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14) and "Foregate needs Python 3.11 to 3.13")'
+	$(PYTHON) -m venv .venv
+	$(PIP) torch  # first and pinned: a bare requirement may pull another build
+	$(PIP) -e .
+	touch $@
+
+.venv/ready-test: .venv/ready
+	$(PIP) -e '.[test]'
+	touch $@
+
+$(OLDEST)/ready: .venv/ready
+	rm -rf $(OLDEST)
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) --no-deps --target $(OLDEST) \
+		transformers==5.17.0 'huggingface-hub<2'
+	touch $@
+
+clean:
+	rm -rf .venv $(OLDEST) build

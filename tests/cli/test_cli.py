@@ -1,0 +1,109 @@
+"""The command line as a user meets it: a real process, its output, its exit code."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from foregate.cli.main import main
+
+Folder = Callable[[str], Path]
+GENERATE = ("--prompt", "hello", "--max-new-tokens", "12")
+
+
+def foregate(*arguments: object) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "foregate.cli.main", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+@pytest.fixture
+def fails(capfd: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
+    """fails(*arguments): run the command here; the one line it prints. Exit code 2 and nothing on stdout."""
+
+    def run(*arguments: object) -> str:
+        monkeypatch.setattr(sys, "argv", ["foregate", *map(str, arguments)])
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as stopped:
+            main()
+        out, err = capfd.readouterr()
+        assert stopped.value.code == 2
+        assert out == ""
+        assert err.startswith("foregate: ")
+        assert err.count("\n") == 1, err
+        return err
+
+    return run
+
+
+def test_convert_verify_generate(checkpoint: Folder, tmp_path: Path) -> None:
+    store, report_path = tmp_path / "model.store", tmp_path / "report.json"
+    done = foregate("convert", checkpoint("mixtral"), store)
+    assert done.returncode == 0, done.stderr
+    assert "3 MoE layers, 24 experts" in done.stdout
+    done = foregate("verify", store)
+    assert done.returncode == 0, done.stderr
+    assert "24 records and the backbone are intact" in done.stdout
+    done = foregate("generate", store, *GENERATE, "--report", report_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("hello")
+    for row in ("tokens/s", "hits", "misses", "bytes read", "peak memory", "6 of 24 (25%), lru"):
+        assert row in done.stderr
+    check_report(json.loads(report_path.read_text()))
+
+
+def check_report(report: dict) -> None:
+    experts, layers = report["experts"], report["by_layer"]
+    assert experts["hits"] == sum(layer["hits"] for layer in layers)
+    assert experts["misses"] == sum(layer["misses"] for layer in layers)
+    assert experts["bytes_read"] == experts["misses"] * report["memory"]["slot_bytes"]
+    assert experts["hit_rate"] == experts["hits"] / (experts["hits"] + experts["misses"])
+    assert experts["read_path"] in ("direct", "buffered")
+    assert report["tokens"] == {"prompt": 5, "generated": 12}
+    assert report["tokens_per_second"] == pytest.approx(11 / report["seconds"]["decode"])
+    assert report["memory"]["slots"] == 6
+    assert report["memory"]["peak_resident_bytes"] > report["memory"]["planned_bytes"] > 0
+    assert report["settings"]["policy"] == "lru"
+
+
+def test_text_is_the_same_for_every_memory_and_policy(store: Folder) -> None:
+    runs = [("8.4%", "lru"), ("64MiB", "demand")]
+    texts = {
+        foregate("generate", store("mixtral"), *GENERATE, "--memory", memory, "--policy", policy).stdout
+        for memory, policy in runs
+    }
+    assert len(texts) == 1
+    assert next(iter(texts)).startswith("hello")
+
+
+def test_errors_are_one_line_and_exit_code_2(fails: Callable[..., str], store: Folder, tmp_path: Path) -> None:
+    good = store("mixtral")
+    assert "no such folder" in fails("convert", tmp_path / "nowhere", tmp_path / "x")
+    assert "no such store" in fails("verify", tmp_path / "nowhere")
+    assert "no such store" in fails("generate", tmp_path / "nowhere", *GENERATE)
+    smallest = fails("generate", good, *GENERATE, "--memory", "1%")
+    assert "the smallest that works is --memory 8.34%" in smallest
+    assert "unknown policy best" in fails("generate", good, *GENERATE, "--policy", "best")
+    assert "prompt is empty" in fails("generate", good, "--prompt", "")
+    assert "no such folder for the report" in fails("generate", good, *GENERATE, "--report", tmp_path / "no/r.json")
+
+
+def test_usage_errors_exit_with_2_too() -> None:
+    for arguments in (["generate"], ["convert", "one"], ["nonsense"]):
+        assert foregate(*arguments).returncode == 2
+
+
+def test_an_error_in_a_real_process(tmp_path: Path) -> None:
+    done = foregate("verify", tmp_path / "nowhere")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == f"foregate: no such store: {tmp_path / 'nowhere'}\n"
+
+
+def test_help_and_version_are_quick_and_import_nothing_heavy() -> None:
+    code = "import sys, foregate.cli.main; print({'torch', 'transformers'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"
+    assert "convert" in foregate("--help").stdout
+    assert foregate("--version").stdout.startswith("foregate ")

@@ -1,0 +1,152 @@
+"""The engine: the same bytes out whatever the budget and policy, and it survives errors."""
+
+import errno
+import os
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import PreTrainedModel
+
+import foregate
+from foregate.engine import places_by_expert, weighted_sum
+from foregate.errors import ForegateError
+from foregate.memory import disk
+
+Folder = Callable[[str], Path]
+IDS = torch.randint(3, 250, (2, 20), generator=torch.Generator().manual_seed(3))
+
+
+def logits(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
+    with torch.inference_mode():
+        return model(ids).logits
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "gpt_oss"])
+def test_output_is_byte_identical_for_every_budget_and_policy(family: str, store: Folder) -> None:
+    results = []
+    for memory in ("17%", "34%", "100%"):
+        for policy in ("demand", "lru"):
+            if family == "qwen3_moe" and memory == "17%":
+                memory = "20%"
+            model = foregate.load(store(family), memory=memory, policy=policy)
+            results.append((logits(model, IDS), model.generate(IDS[:1], max_new_tokens=12, do_sample=False)))
+            model.foregate.close()
+    assert all(torch.equal(a, results[0][0]) and torch.equal(b, results[0][1]) for a, b in results)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss", "nemotron_h", "deepseek_v3"])
+def test_a_tokens_result_does_not_depend_on_its_batch(family: str, store: Folder) -> None:
+    """The experts of one layer on 29 tokens at once, in other company, and one by one: the same bits."""
+    model = foregate.load(store(family), memory="100%")
+    experts = model.get_submodule(model.foregate.store.layers[0].module)
+    top_k, count = model.foregate.store.layers[0].top_k, model.foregate.store.layers[0].num_experts
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(29, 64, generator=generator)
+    index = torch.rand(29, count, generator=generator).topk(top_k).indices
+    weights = torch.rand(29, top_k, generator=generator)
+    with torch.inference_mode():
+        together = experts(hidden, index, weights)
+        alone = torch.cat([experts(hidden[i : i + 1], index[i : i + 1], weights[i : i + 1]) for i in range(29)])
+        shuffled = torch.randperm(29, generator=generator)
+        other = experts(hidden[shuffled], index[shuffled], weights[shuffled])
+    assert torch.equal(together, alone)
+    assert torch.equal(together[shuffled], other)
+    model.foregate.close()
+
+
+def test_hits_misses_and_bytes_are_what_the_policy_makes_them(store: Folder) -> None:
+    model = foregate.load(store("mixtral"), memory="100%", policy="lru")
+    engine = model.foregate
+    logits(model, IDS)
+    first = engine.recorder.totals()
+    assert first.hits == 0
+    assert first.bytes_read == first.misses * engine.store.record_bytes
+    engine.recorder.reset()
+    logits(model, IDS)
+    second = engine.recorder.totals()
+    assert (second.hits, second.misses, second.bytes_read) == (first.misses, 0, 0)
+    engine.close()
+
+
+def test_each_needed_expert_is_read_once_per_layer_and_prompt(store: Folder) -> None:
+    model = foregate.load(store("olmoe"), memory="9%", policy="lru")  # 2 slots, and the prompt needs all 8 of a layer
+    logits(model, IDS)
+    totals = model.foregate.recorder.totals()
+    assert totals.misses >= 20
+    assert totals.hits == 0
+    assert totals.bytes_read == totals.misses * model.foregate.store.record_bytes
+    model.foregate.close()
+
+
+def test_after_a_read_error_the_model_goes_on(store: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = foregate.load(store("mixtral"), memory="50%")
+    expected, real, calls = logits(model, IDS), os.preadv, []
+
+    def fail_third(fd: int, buffers: list[memoryview], offset: int) -> int:
+        calls.append(offset)
+        if len(calls) == 3:
+            raise OSError(errno.EIO, "Input/output error")
+        return real(fd, buffers, offset)
+
+    monkeypatch.setattr(disk.os, "preadv", fail_third)
+    with pytest.raises(ForegateError, match=r"record model\.layers.* cannot be read"):
+        logits(model, IDS)
+    assert torch.equal(logits(model, IDS), expected)
+    model.foregate.close()
+
+
+def test_two_threads_may_use_one_model(store: Folder) -> None:
+    model = foregate.load(store("mixtral"), memory="25%")
+    expected, results = logits(model, IDS), []
+    threads = [threading.Thread(target=lambda: results.append(logits(model, IDS))) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(results) == 4
+    assert all(torch.equal(result, expected) for result in results)
+    model.foregate.close()
+
+
+def test_dropping_the_model_ends_its_threads(store: Folder) -> None:
+    before = threading.active_count()
+    model = foregate.load(store("mixtral"))
+    assert threading.active_count() > before
+    del model
+    import gc
+
+    gc.collect()
+    assert threading.active_count() == before
+
+
+def test_a_failed_load_leaves_no_threads(store: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = threading.active_count()
+    monkeypatch.setattr("foregate.model.loading._build_backbone", lambda *arguments: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        foregate.load(store("mixtral"))
+    assert threading.active_count() == before
+
+
+@given(st.integers(1, 9), st.integers(1, 4), st.integers(0, 10_000))
+def test_places_by_expert_against_a_loop(tokens: int, top_k: int, seed: int) -> None:
+    index = torch.randint(-1, 7, (tokens, top_k), generator=torch.Generator().manual_seed(seed))
+    places = places_by_expert(index, num_experts=6)
+    flat = index.flatten().tolist()
+    expected = {e: [n for n, chosen in enumerate(flat) if chosen == e] for e in sorted(set(flat)) if 0 <= e < 6}
+    assert {expert: rows.tolist() for expert, rows in places.items()} == expected
+    assert list(places) == list(expected)
+
+
+@given(st.integers(1, 9), st.integers(1, 4), st.integers(0, 10_000))
+def test_weighted_sum_against_einsum(tokens: int, top_k: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    outputs, weights = (
+        torch.randn(tokens, top_k, 5, generator=generator),
+        torch.rand(tokens, top_k, generator=generator),
+    )
+    torch.testing.assert_close(weighted_sum(outputs, weights), torch.einsum("tkh,tk->th", outputs, weights))
