@@ -17,6 +17,7 @@ class EngineConfig:
     memory: str = "25%"  # a share of the experts, or bytes for backbone and experts together
     policy: str = "lru"
     readers: int = 2  # threads that read records; more only add latency on one disk
+    threads: int = 0  # threads that compute; 0 leaves it to PyTorch: one per core
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,7 @@ class DemoConfig:
     store: str = "build/demo.store"
     prompt: str = "In the beginning"
     max_new_tokens: int = 200
+    threads: int = 1  # its matrices are too small to share
     temperature: float = 0.7
     top_p: float = 0.95
     seed: int = 7

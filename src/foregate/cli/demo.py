@@ -31,4 +31,5 @@ def run(
         "top_p": DemoConfig.top_p,
         "seed": DemoConfig.seed,
     }
-    generate_and_report(store, prompt, {"memory": memory, "policy": policy}, settings, report)
+    engine = {"memory": memory, "policy": policy, "threads": DemoConfig.threads}
+    generate_and_report(store, prompt, engine, settings, report)

@@ -12,6 +12,8 @@ NAME = "generate"
 POLICY_HELP = "What stays in memory: lru (least recently used leaves first) or demand (nothing is kept)."
 MEMORY_HELP = "A share of the experts (25%), or bytes for backbone and experts together (8GiB)."
 
+THREADS_HELP = "Threads that compute; 0 is one per core."
+
 
 def run(
     store: Path = typer.Argument(..., metavar="STORE", help="Folder of a converted model."),
@@ -19,6 +21,7 @@ def run(
     max_new_tokens: int = typer.Option(GenerateConfig.max_new_tokens, help="Stop after so many tokens."),
     memory: str = typer.Option(EngineConfig.memory, help=MEMORY_HELP),
     policy: str = typer.Option(EngineConfig.policy, help=POLICY_HELP),
+    threads: int = typer.Option(EngineConfig.threads, help=THREADS_HELP),
     temperature: float = typer.Option(GenerateConfig.temperature, help="0 is greedy; higher is more random."),
     top_p: float = typer.Option(GenerateConfig.top_p, help="Sample from the likeliest tokens of this total share."),
     seed: int = typer.Option(GenerateConfig.seed, help="Seed of the sampling."),
@@ -31,7 +34,7 @@ def run(
     generate_and_report(
         store,
         prompt,
-        {"memory": memory, "policy": policy},
+        {"memory": memory, "policy": policy, "threads": threads},
         {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "seed": seed},
         report,
     )

@@ -28,17 +28,23 @@ def load(
     memory: str | int = EngineConfig.memory,
     policy: str = EngineConfig.policy,
     readers: int = EngineConfig.readers,
+    threads: int = EngineConfig.threads,
 ) -> PreTrainedModel:
     """Load a store as a transformers model whose experts are read on demand.
 
     memory: a share of the experts ("25%") or bytes ("8GiB", 8589934592) for backbone and experts together. policy:
-    "lru" or "demand". Computation is in float32 on the CPU. The result is an ordinary model: `generate`, pipelines and
+    "lru" or "demand". readers: threads that read. threads: threads that compute, for the whole process; 0 leaves it to
+    PyTorch. Computation is in float32 on the CPU. The result is an ordinary model: `generate`, pipelines and
     evaluation harnesses work on it; its `foregate` attribute is the engine. Raises ForegateError on a damaged store, a
-    budget that is too small or an unknown policy.
+    budget that is too small, an unknown policy or an impossible number of threads.
     """
+    if threads < 0 or readers < 1:
+        raise ForegateError(f"threads={threads}, readers={readers}: threads is 0 or more, readers 1 or more")
     opened = Store(store)
     architecture = inspect_architecture(load_config(opened.path))
     _check_match(opened, architecture)
+    if threads:
+        torch.set_num_threads(threads)
     budget = divide(str(memory), opened, _backbone_bytes(architecture))
     engine = Engine(opened, budget, policy, readers)
     try:
