@@ -19,7 +19,7 @@ test: .venv/ready .venv/ready-test
 
 # The families again on the oldest transformers that Foregate supports, laid over the same environment.
 test-oldest: .venv/ready-test $(OLDEST)/ready
-	PYTHONPATH=$(OLDEST) .venv/bin/python -m pytest -n $(WORKERS) tests/test_families.py tests/test_interfaces.py
+	PYTHONPATH=$(OLDEST) .venv/bin/python -m pytest -n $(WORKERS) tests/test_families.py tests/model/test_interfaces.py
 
 lint: .venv/ready-test
 	.venv/bin/ruff check src tests examples

@@ -42,3 +42,11 @@ class DemoConfig:
     temperature: float = 0.7
     top_p: float = 0.95
     seed: int = 7
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """How a text is cut for evaluation, in tokens."""
+
+    window: int = 512
+    stride: int = 256

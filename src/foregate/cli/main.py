@@ -5,7 +5,7 @@ import sys
 import typer
 
 from foregate import ForegateError, __version__
-from foregate.cli import convert, demo, generate, verify
+from foregate.cli import convert, demo, evaluate, generate, verify
 
 app = typer.Typer(
     name="foregate",
@@ -14,7 +14,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for module in (demo, convert, verify, generate):
+for module in (demo, convert, verify, generate, evaluate):
     app.command(name=module.NAME)(module.run)
 
 
