@@ -61,7 +61,8 @@ class Architecture:
 def inspect_architecture(config: PretrainedConfig) -> Architecture:
     """Build the model of `config` on the meta device and find its MoE layers.
 
-    Raises ForegateError for a model without routed experts or with experts outside transformers' interface.
+    Raises ForegateError for a model without routed experts, with experts outside transformers' interface, or with
+    experts that several modules share.
     """
     model = _meta_model(config)
     name = f"{type(model).__name__} (model_type {config.model_type})"
@@ -73,6 +74,9 @@ def inspect_architecture(config: PretrainedConfig) -> Architecture:
         )
     if not found:
         raise ForegateError(f"{name} is not a Mixture-of-Experts model: it has no routed experts to stream")
+    params = [param for _, module in found for param in module.parameters()]
+    if len(set(params)) < len(params):
+        raise ForegateError(f"{name} is not supported: two parts of the model share the same experts")
     return Architecture(model, tuple(_describe(model, path, module) for path, module in found))
 
 
@@ -91,7 +95,8 @@ def _meta_model(config: PretrainedConfig) -> PreTrainedModel:
     builder = auto_class(config)
     try:
         with torch.device("meta"), _no_quantizer(config):
-            return builder.from_config(config, trust_remote_code=False)
+            # Packed MXFP4 experts become what the model's parameters are: bfloat16 holds them exactly.
+            return builder.from_config(config, dtype=torch.bfloat16, trust_remote_code=False)
     except (ValueError, KeyError, AttributeError, TypeError, ImportError) as error:
         raise ForegateError(
             f"{type(config).__name__} (model_type {config.model_type}) cannot be built from its config.json: "

@@ -33,10 +33,11 @@ class StreamedExperts:
 
 def _streamed(experts_class: type[nn.Module]) -> type[nn.Module]:
     def __init__(self: nn.Module, *args: object, **kwargs: object) -> None:
-        with torch.device("meta"):  # the weights' shapes are made and dropped, never their memory
+        with torch.device("meta"):  # the weights' shapes are made, never their memory
             experts_class.__init__(self, *args, **kwargs)
-        for name in list(self._parameters):
+        for name, param in list(self._parameters.items()):
             del self._parameters[name]
+            setattr(self, name, param.data)  # no parameter any more; some blocks name it when they initialise weights
         self._is_hf_initialized = True  # there is nothing to initialise
 
     return type("Streamed" + experts_class.__name__, (StreamedExperts, experts_class), {"__init__": __init__})
