@@ -25,7 +25,7 @@ lint: .venv/ready-test
 	.venv/bin/ruff check src tests examples
 	.venv/bin/ruff format --check src tests examples
 
-.venv/ready: pyproject.toml constraints.txt
+.venv/ready: pyproject.toml constraints.txt CMakeLists.txt $(wildcard src/foregate/native/*.cpp src/foregate/native/*.h*)
 	$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14) and "Foregate needs Python 3.11 to 3.13")'
 	$(PYTHON) -m venv .venv
 	$(PIP) torch  # first and pinned: a bare requirement may pull another build

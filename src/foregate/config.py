@@ -8,6 +8,7 @@ class ConvertConfig:
     """How a checkpoint becomes a store."""
 
     bits: int = 16  # bits per expert weight; 16 keeps the checkpoint's own precision
+    quantizer: str = "refit"  # for 8, 4, 3 and 2 bits
 
 
 @dataclass(frozen=True)
@@ -17,7 +18,9 @@ class EngineConfig:
     memory: str = "25%"  # a share of the experts, or bytes for backbone and experts together
     policy: str = "lru"
     readers: int = 2  # threads that read records; more only add latency on one disk
-    threads: int = 0  # threads that compute; 0 leaves it to PyTorch: one per core
+    threads: int = 0  # threads that compute; 0 is one per core
+    kernel: str = "auto"  # the fastest that works here
+    exact: bool = False  # quantized experts: keep activations in float32 instead of int8
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,8 @@ import time
 import torch
 from torch import nn
 
-from foregate.checkpoint.store import ExpertKey, Store
-from foregate.kernels.reference import expert_mlp
+from foregate.checkpoint.store import ExpertKey, Store, Weight
+from foregate.kernels import Kernel, Work, choose_kernel
 from foregate.memory.budget import Budget
 from foregate.memory.disk import DiskReader
 from foregate.memory.slots import SlotMemory
@@ -22,13 +22,20 @@ class Engine:
     whichever thread asks.
     """
 
-    def __init__(self, store: Store, budget: Budget, policy: str, readers: int) -> None:
-        self.store, self.budget, self.policy = store, budget, policy
+    def __init__(self, store: Store, budget: Budget, *, policy: str, readers: int, kernel: str, exact: bool) -> None:
+        self.store, self.budget, self.policy, self.exact = store, budget, policy, exact
+        self.kernel, self.kernel_note = choose_kernel(kernel)
         self.scheduler = make_scheduler(policy, budget.slots)
         self.recorder = Recorder(len(store.layers))
         self._memory = SlotMemory(budget.slots, budget.slot_bytes)
         self._reader = DiskReader(store, self._memory, readers)
+        self._kernels: list[Kernel] = []  # one a layer
+        self._weights_in: dict[tuple[int, int], dict[str, Weight]] = {}  # (slot, layer): views of the slot, made once
         self._lock = threading.Lock()
+
+    def connect(self, modules: list[nn.Module]) -> None:
+        """Tell the engine the model's experts modules, one a layer: they say how gate and up combine."""
+        self._kernels = [self.kernel(module, self.exact) for module in modules]
 
     @property
     def direct_reads(self) -> bool:
@@ -36,21 +43,16 @@ class Engine:
         return self._reader.direct
 
     def run_layer(
-        self,
-        layer: int,
-        hidden: torch.Tensor,
-        top_k_index: torch.Tensor,
-        top_k_weights: torch.Tensor,
-        experts: nn.Module,
+        self, layer: int, hidden: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
     ) -> torch.Tensor:
         """What the routed experts of MoE layer `layer` add: sum over k of weight * expert(hidden).
 
-        hidden: [tokens, hidden]; top_k_index, top_k_weights: [tokens, k]; experts: the family's module. Returns
-        [tokens, hidden]. Raises ForegateError when a record cannot be read; the next call then starts with empty slots.
+        hidden: float32 [tokens, hidden]; top_k_index, top_k_weights: [tokens, k]. Returns [tokens, hidden]. Raises
+        ForegateError when a record cannot be read; the next call then starts with empty slots.
         """
         with self._lock:
             try:
-                return self._run_layer(layer, hidden, top_k_index, top_k_weights, experts)
+                return self._run_layer(layer, hidden.contiguous(), top_k_index, top_k_weights)
             except BaseException:
                 self._empty_slots()
                 raise
@@ -61,28 +63,24 @@ class Engine:
             self._reader.close()
 
     def _run_layer(
-        self,
-        layer: int,
-        hidden: torch.Tensor,
-        top_k_index: torch.Tensor,
-        top_k_weights: torch.Tensor,
-        experts: nn.Module,
+        self, layer: int, hidden: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
     ) -> torch.Tensor:
         top_k = top_k_index.shape[-1]
-        places = places_by_expert(top_k_index, self.store.layers[layer].num_experts)
+        waiting = places_by_expert(top_k_index, self.store.layers[layer].num_experts)
         outputs = hidden.new_zeros(hidden.shape[0] * top_k, hidden.shape[1])
 
-        self._record_routing(layer, places)
-        self._carry_out(self.scheduler.routed(layer, places))
-        waiting = dict(places)
+        self._record_routing(layer, waiting)
+        self._carry_out(self.scheduler.routed(layer, waiting))
         while waiting:
-            expert = next((e for e in waiting if self.scheduler.is_resident((layer, e))), None)
-            if expert is None:  # nothing to compute until a load arrives
+            ready = [expert for expert in waiting if self.scheduler.is_resident((layer, expert))]
+            if not ready:  # nothing to compute until a load arrives
                 self._await_load(layer)
                 continue
-            rows = waiting.pop(expert)
-            outputs[rows] = expert_mlp(hidden[rows // top_k], self._weights((layer, expert)), experts)
-            self._carry_out(self.scheduler.computed((layer, expert)))
+            places = {expert: waiting.pop(expert) for expert in ready}
+            work = [Work(self._weights((layer, e)), rows // top_k, rows) for e, rows in places.items()]
+            self._kernels[layer].run(hidden, work, outputs)
+            for expert in ready:
+                self._carry_out(self.scheduler.computed((layer, expert)))
         return weighted_sum(outputs.view(-1, top_k, hidden.shape[1]), top_k_weights)
 
     def _carry_out(self, loads: list[Load]) -> None:
@@ -98,9 +96,12 @@ class Engine:
         self.recorder.loaded(layer, finished.nbytes)
         self._carry_out(self.scheduler.arrived(finished.key))
 
-    def _weights(self, key: ExpertKey) -> dict[str, torch.Tensor]:
-        layout = self.store.layers[key[0]].layout
-        return layout.unpack(self._memory.record(self.scheduler.slot(key), layout.nbytes))
+    def _weights(self, key: ExpertKey) -> dict[str, Weight]:
+        layer, slot = key[0], self.scheduler.slot(key)
+        if (slot, layer) not in self._weights_in:
+            layout = self.store.layers[layer].layout
+            self._weights_in[slot, layer] = layout.unpack(self._memory.record(slot, layout.nbytes))
+        return self._weights_in[slot, layer]
 
     def _record_routing(self, layer: int, places: dict[int, torch.Tensor]) -> None:
         hits = sum(self.scheduler.is_resident((layer, expert)) for expert in places)

@@ -76,11 +76,6 @@ def test_existing_destination_is_kept(checkpoint: Callable[[str], Path], tmp_pat
     assert (tmp_path / "precious").read_text() == "data"
 
 
-def test_other_bits_have_their_place(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
-    with pytest.raises(ForegateError, match="--bits 4"):
-        foregate.convert(checkpoint("mixtral"), tmp_path / "store", bits=4)
-
-
 def test_progress_ends_at_the_total(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
     steps: list[tuple[int, int]] = []
     foregate.convert(

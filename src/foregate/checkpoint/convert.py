@@ -13,7 +13,9 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from foregate.checkpoint.architecture import Architecture, inspect_architecture
+import torch
+
+from foregate.checkpoint.architecture import Architecture, ExpertsModule, inspect_architecture
 from foregate.checkpoint.expert_reader import ExpertReader
 from foregate.checkpoint.source import STORE_MANIFEST, Checkpoint, open_checkpoint
 from foregate.checkpoint.store import (
@@ -23,33 +25,43 @@ from foregate.checkpoint.store import (
     LayerInfo,
     Manifest,
     RecordLayout,
+    Weight,
     experts_header,
 )
 from foregate.checkpoint.tensors import build_header, write_all
 from foregate.checkpoint.workspace import Workspace
 from foregate.config import ConvertConfig
 from foregate.errors import ForegateError
+from foregate.quantize.matrix import BITS
+from foregate.quantize.registry import quantizer as quantizer_by_name
 
+UNQUANTIZED = 16
 Progress = Callable[[int, int], None]  # (bytes done, bytes in all)
 
 
 def convert(
-    source: str | Path, destination: str | Path, *, bits: int = ConvertConfig.bits, progress: Progress | None = None
+    source: str | Path,
+    destination: str | Path,
+    *,
+    bits: int = ConvertConfig.bits,
+    quantizer: str = ConvertConfig.quantizer,
+    progress: Progress | None = None,
 ) -> Path:
     """Convert the checkpoint `source` (folder or hub id) into a store at `destination`; returns its path.
 
-    Peak memory is a few experts beside the libraries, whatever the model's size. Run again after an interruption, it
-    resumes. Raises ForegateError on input it cannot convert, an existing destination, or lack of disk space.
+    bits: 16 keeps the checkpoint's own precision; 8, 4, 3 and 2 quantize the experts' matrices with `quantizer`. Peak
+    memory is a few experts beside the libraries, whatever the model's size. Run again after an interruption, it resumes.
+    Raises ForegateError on input it cannot convert, an existing destination, or lack of disk space.
     """
-    if bits != 16:
-        raise ForegateError(f"--bits {bits} is not available yet: 16 (the checkpoint's own precision) is")
+    if bits not in (UNQUANTIZED, *BITS):
+        raise ForegateError(f"--bits {bits}: choose 16 (the checkpoint's own precision), 8, 4, 3 or 2")
     destination = Path(destination).expanduser().absolute()
     if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
         raise ForegateError(f"{destination} exists already: remove it or name another destination")
     checkpoint = open_checkpoint(source)
     architecture = inspect_architecture(checkpoint.config)
     reader = ExpertReader(checkpoint, architecture)
-    job = _Job(checkpoint, architecture, reader, bits)
+    job = _Job(checkpoint, architecture, reader, ExpertEncoder(bits, quantizer))
     try:
         with Workspace(destination, job.fingerprint, job.output_bytes) as work:
             job.run(work, progress or (lambda done, total: None))
@@ -59,13 +71,33 @@ def convert(
     return destination
 
 
+class ExpertEncoder:
+    """What becomes of an expert's parameters on their way into the record."""
+
+    def __init__(self, bits: int, quantizer: str) -> None:
+        self.bits = bits
+        self.name = "none" if bits == UNQUANTIZED else quantizer
+        self._quantizer = quantizer_by_name(quantizer)
+
+    def encode(self, params: dict[str, torch.Tensor], where: str) -> dict[str, Weight]:
+        """Matrices quantized, biases as they are. Raises ForegateError naming `where` for weights that are not finite."""
+        if self.bits == UNQUANTIZED:
+            return dict(params)
+        return {
+            name: self._quantizer.quantize(param, self.bits, name=f"{name} of {where}") if param.dim() == 2 else param
+            for name, param in params.items()
+        }
+
+
 class _Job:
     """One conversion: what will be written is known before the first byte is."""
 
-    def __init__(self, checkpoint: Checkpoint, architecture: Architecture, reader: ExpertReader, bits: int) -> None:
-        self.checkpoint, self.architecture, self.reader, self.bits = checkpoint, architecture, reader, bits
+    def __init__(
+        self, checkpoint: Checkpoint, architecture: Architecture, reader: ExpertReader, encoder: ExpertEncoder
+    ) -> None:
+        self.checkpoint, self.architecture, self.reader, self.encoder = checkpoint, architecture, reader, encoder
         self.layers = tuple(
-            LayerInfo(layer.name, layer.num_experts, layer.top_k, RecordLayout.of(reader.read(layer, 0)))
+            LayerInfo(layer.name, layer.num_experts, layer.top_k, RecordLayout.of(self._expert(layer, 0)))
             for layer in architecture.layers
         )
         self.experts_header = experts_header(self.layers)
@@ -82,7 +114,7 @@ class _Job:
     def fingerprint(self) -> str:
         """Changes whenever a resumed conversion would not continue the same work."""
         files = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in self.checkpoint.weight_files()]
-        facts = [FORMAT_VERSION, self.bits, str(self.checkpoint.path), files]
+        facts = [FORMAT_VERSION, self.encoder.bits, self.encoder.name, str(self.checkpoint.path), files]
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
     def run(self, work: Workspace, progress: Progress) -> None:
@@ -121,11 +153,14 @@ class _Job:
             if index == 0:
                 write_all(fd, self.experts_header, 0)
             for expert in range(info.num_experts):
-                record = info.layout.pack(self.reader.read(module, expert))
+                record = info.layout.pack(self._expert(module, expert))
                 write_all(fd, record, base + expert * info.layout.nbytes)
                 checksums.append(hashlib.sha256(record).hexdigest())
                 advance((expert + 1) * info.layout.nbytes)
         return checksums
+
+    def _expert(self, layer: ExpertsModule, expert: int) -> dict[str, Weight]:
+        return self.encoder.encode(self.reader.read(layer, expert), f"expert {expert} of {layer.name}")
 
     def _copy_side_files(self, work: Workspace) -> None:
         for file in self.checkpoint.side_files():
@@ -141,7 +176,8 @@ class _Job:
         return Manifest(
             model_class=self.architecture.class_name,
             model_type=self.checkpoint.config.model_type,
-            bits=self.bits,
+            bits=self.encoder.bits,
+            quantizer=self.encoder.name,
             layers=self.layers,
             checksums=tuple(tuple(sums) for sums in work.layer_checksums),
             backbone_checksum=work.backbone_checksum or "",

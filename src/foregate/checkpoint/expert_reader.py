@@ -55,21 +55,17 @@ class ExpertReader:
     def _sort_keys(self) -> None:
         state = self.architecture.model.state_dict()
         params = {f"{layer.name}.{name}" for layer in self.architecture.layers for name in layer.params}
-        missing = {name for name, _ in self.architecture.model.named_parameters()} - params  # tied weights count once
+        found: set[str] = set()
         for key in sorted(self.checkpoint.tensors, key=dot_natural_key):
             target, pattern = self._rename(key, state)
             if target in params:
                 self._sources[target][pattern or key].append(key)
             elif target in state:
                 self.backbone.append(key)
-                missing -= self._all_targets(target, pattern)
+                found |= self._all_targets(target, pattern)
             else:
                 self.unused.append(key)
-        if missing:
-            raise ForegateError(
-                f"{self.checkpoint.path} holds no tensor for {min(missing)} ({len(missing)} missing): the checkpoint is "
-                "incomplete"
-            )
+        self._check_backbone(found, params)
 
     def _rename(self, key: str, state: dict[str, torch.Tensor]) -> tuple[str, str | None]:
         prefix = self.architecture.model.base_model_prefix
@@ -84,6 +80,19 @@ class ExpertReader:
         if converter is None:
             return {target}
         return {target.replace(converter.target_patterns[0], name) for name in converter.target_patterns}
+
+    def _check_backbone(self, found: set[str], expert_params: set[str]) -> None:
+        """Every backbone parameter is in the checkpoint under at least one of its names (tied weights have several)."""
+        names: dict[int, list[str]] = defaultdict(list)
+        for name, param in self.architecture.model.named_parameters(remove_duplicate=False):
+            if name not in expert_params:
+                names[id(param)].append(name)
+        missing = sorted(min(aliases) for aliases in names.values() if found.isdisjoint(aliases))
+        if missing:
+            raise ForegateError(
+                f"{self.checkpoint.path} holds no tensor for {missing[0]} ({len(missing)} missing): the checkpoint is "
+                "incomplete"
+            )
 
     def _check_complete(self) -> None:
         for layer in self.architecture.layers:

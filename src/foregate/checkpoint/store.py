@@ -7,6 +7,7 @@ at a multiple of 4096, so that one direct read moves one expert; `foregate.json`
 
 import json
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -14,6 +15,7 @@ import torch
 from foregate.checkpoint.source import STORE_MANIFEST
 from foregate.checkpoint.tensors import DTYPE_NAMES, DTYPES, build_header, read_header
 from foregate.errors import ForegateError
+from foregate.quantize.matrix import PLANES, QuantizedMatrix
 
 FORMAT_VERSION = 1
 ALIGNMENT = 4096  # of records: the unit of direct I/O
@@ -23,12 +25,15 @@ EXPERTS_FILE = "experts.safetensors"
 ExpertKey = tuple[int, int]  # (index of the MoE layer, index of the expert in it)
 
 
+Weight = torch.Tensor | QuantizedMatrix  # one parameter of an expert, as a record holds it
+
+
 @dataclass(frozen=True)
 class TensorSpec:
-    """One tensor inside a record."""
+    """One tensor inside a record: a whole parameter, or one plane of a quantized matrix ("down_proj.scales")."""
 
     name: str
-    dtype: str  # safetensors' names: BF16, F16, F32 ...
+    dtype: str  # safetensors' names: BF16, F16, F32, U8 ...
     shape: tuple[int, ...]
     offset: int  # bytes from the start of the record
 
@@ -38,30 +43,46 @@ class TensorSpec:
 
 
 @dataclass(frozen=True)
+class ParamSpec:
+    """One parameter of an expert: its true shape ([out, in] or [out]) and the bits its weights are held in."""
+
+    name: str
+    shape: tuple[int, ...]
+    bits: int  # 2, 3, 4, 8: planes of a quantized matrix; otherwise the checkpoint's own 16 or 32
+
+
+@dataclass(frozen=True)
 class RecordLayout:
     """How the bytes of one expert are laid out: tensors one after another, each 64-aligned, padded to 4096 at the end."""
 
+    params: tuple[ParamSpec, ...]
     tensors: tuple[TensorSpec, ...]
 
     @classmethod
-    def of(cls, tensors: dict[str, torch.Tensor]) -> "RecordLayout":
-        """The layout that holds these tensors, in this order."""
-        specs, offset = [], 0
-        for name, tensor in tensors.items():
-            spec = TensorSpec(name, DTYPE_NAMES[tensor.dtype], tuple(tensor.shape), offset)
-            specs.append(spec)
-            offset = _round_up(offset + spec.nbytes, 64)
-        return cls(tuple(specs))
+    def of(cls, weights: dict[str, Weight]) -> "RecordLayout":
+        """The layout that holds these parameters, in this order."""
+        params, tensors, offset = [], [], 0
+        for name, weight in weights.items():
+            if isinstance(weight, QuantizedMatrix):
+                params.append(ParamSpec(name, (weight.rows, weight.cols), weight.bits))
+            else:
+                params.append(ParamSpec(name, tuple(weight.shape), 8 * weight.element_size()))
+            for tensor_name, tensor in _tensors(name, weight).items():
+                spec = TensorSpec(tensor_name, DTYPE_NAMES[tensor.dtype], tuple(tensor.shape), offset)
+                tensors.append(spec)
+                offset = _round_up(offset + spec.nbytes, 64)
+        return cls(tuple(params), tuple(tensors))
 
-    @property
+    @cached_property
     def nbytes(self) -> int:
         """Bytes of the record, padding included."""
         return _round_up(max(spec.offset + spec.nbytes for spec in self.tensors), ALIGNMENT)
 
-    def pack(self, tensors: dict[str, torch.Tensor]) -> bytearray:
-        """The record of an expert. Raises ForegateError when a tensor does not match the layout."""
+    def pack(self, weights: dict[str, Weight]) -> bytearray:
+        """The record of an expert. Raises ForegateError when its parameters do not match the layout."""
         record = bytearray(self.nbytes)
         view = torch.frombuffer(record, dtype=torch.uint8)
+        tensors = {key: tensor for name, weight in weights.items() for key, tensor in _tensors(name, weight).items()}
         for spec in self.tensors:
             tensor = tensors[spec.name]
             if tuple(tensor.shape) != spec.shape or tensor.dtype != DTYPES[spec.dtype]:
@@ -72,12 +93,27 @@ class RecordLayout:
             view[spec.offset : spec.offset + spec.nbytes] = tensor.reshape(-1).view(torch.uint8)
         return record
 
-    def unpack(self, record: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Views of the tensors in `record` (uint8 [nbytes]); nothing is copied."""
-        return {
+    def unpack(self, record: torch.Tensor) -> dict[str, Weight]:
+        """The parameters in `record` (uint8 [nbytes]) as views; nothing is copied."""
+        tensors = {
             spec.name: record[spec.offset : spec.offset + spec.nbytes].view(DTYPES[spec.dtype]).view(spec.shape)
             for spec in self.tensors
         }
+        weights: dict[str, Weight] = {}
+        for param in self.params:
+            if param.bits in PLANES:
+                planes = {plane: tensors[f"{param.name}.{plane}"] for plane in PLANES[param.bits]}
+                weights[param.name] = QuantizedMatrix(param.bits, *param.shape, planes)
+            else:
+                weights[param.name] = tensors[param.name]
+        return weights
+
+
+def _tensors(name: str, weight: Weight) -> dict[str, torch.Tensor]:
+    """The tensors that hold a parameter, by their names in the record."""
+    if isinstance(weight, QuantizedMatrix):
+        return {f"{name}.{plane}": weight.planes[plane] for plane in PLANES[weight.bits]}
+    return {name: weight}
 
 
 @dataclass(frozen=True)
@@ -97,6 +133,7 @@ class Manifest:
     model_class: str
     model_type: str
     bits: int
+    quantizer: str  # its name; "none" at 16 bits
     layers: tuple[LayerInfo, ...]
     checksums: tuple[tuple[str, ...], ...]  # SHA-256 of every record, by layer and expert
     backbone_checksum: str  # SHA-256 of model.safetensors
@@ -111,7 +148,7 @@ class Manifest:
                 "format": "foregate store",
                 "version": FORMAT_VERSION,
                 "model": {"class": self.model_class, "type": self.model_type},
-                "quantization": {"bits": self.bits},
+                "quantization": {"bits": self.bits, "quantizer": self.quantizer},
                 "backbone": {"bytes": self.backbone_bytes, "sha256": self.backbone_checksum},
                 "layers": layers,
             },
@@ -126,6 +163,7 @@ class Manifest:
             model_class=data["model"]["class"],
             model_type=data["model"]["type"],
             bits=int(data["quantization"]["bits"]),
+            quantizer=data["quantization"]["quantizer"],
             layers=tuple(_layer_from_json(layer) for layer in data["layers"]),
             checksums=tuple(tuple(layer["checksums"]) for layer in data["layers"]),
             backbone_checksum=data["backbone"]["sha256"],
@@ -242,7 +280,10 @@ def _layer_from_json(data: dict) -> LayerInfo:
         TensorSpec(t["name"], t["dtype"], tuple(int(n) for n in t["shape"]), int(t["offset"]))
         for t in data["layout"]["tensors"]
     )
-    layer = LayerInfo(data["module"], int(data["num_experts"]), int(data["top_k"]), RecordLayout(tensors))
+    params = tuple(
+        ParamSpec(p["name"], tuple(int(n) for n in p["shape"]), int(p["bits"])) for p in data["layout"]["params"]
+    )
+    layer = LayerInfo(data["module"], int(data["num_experts"]), int(data["top_k"]), RecordLayout(params, tensors))
     if len(data["checksums"]) != layer.num_experts or any(t.dtype not in DTYPES for t in tensors):
         raise ValueError(layer.module)
     return layer

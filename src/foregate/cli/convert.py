@@ -15,8 +15,9 @@ def run(
     source: str = typer.Argument(..., metavar="SRC", help="Checkpoint folder with safetensors weights, or a hub id."),
     destination: Path = typer.Argument(..., metavar="DST", help="Where the store will be; must not exist yet."),
     bits: int = typer.Option(
-        ConvertConfig.bits, help="Bits per expert weight. 16 keeps the checkpoint's own precision."
+        ConvertConfig.bits, help="Bits per expert weight: 16 (the checkpoint's own), 8, 4, 3 or 2."
     ),
+    quantizer: str = typer.Option(ConvertConfig.quantizer, help="How to quantize: refit, hqq or rtn."),
 ) -> None:
     """Convert a Hugging Face MoE checkpoint into a store, one expert at a time.
 
@@ -27,7 +28,7 @@ def run(
 
     start = time.perf_counter()
     with byte_progress("converting") as progress:
-        path = convert(source, destination, bits=bits, progress=progress)
+        path = convert(source, destination, bits=bits, quantizer=quantizer, progress=progress)
     store = Store(path)
     print(
         f"{path}: {len(store.layers)} MoE layers, {store.num_experts} experts of {store.record_bytes / 2**20:.2f} MiB, "

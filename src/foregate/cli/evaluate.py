@@ -5,7 +5,7 @@ from pathlib import Path
 
 import typer
 
-from foregate.cli.generate import MEMORY_HELP, POLICY_HELP, THREADS_HELP
+from foregate.cli.generate import EXACT_HELP, KERNEL_HELP, MEMORY_HELP, POLICY_HELP, THREADS_HELP
 from foregate.config import EngineConfig, EvaluateConfig
 
 NAME = "evaluate"
@@ -19,6 +19,8 @@ def run(
     memory: str = typer.Option(EngineConfig.memory, help=MEMORY_HELP),
     policy: str = typer.Option(EngineConfig.policy, help=POLICY_HELP),
     threads: int = typer.Option(EngineConfig.threads, help=THREADS_HELP),
+    kernel: str = typer.Option(EngineConfig.kernel, help=KERNEL_HELP),
+    exact: bool = typer.Option(EngineConfig.exact, help=EXACT_HELP),
     as_json: bool = typer.Option(False, "--json", help="Print JSON instead of a table."),
 ) -> None:
     """Measure how well a model predicts texts: perplexity, and bits per byte."""
@@ -30,7 +32,7 @@ def run(
 
     Store(store)
     tokenizer = load_tokenizer(str(store))
-    model = load(store, memory=memory, policy=policy, threads=threads)
+    model = load(store, memory=memory, policy=policy, threads=threads, kernel=kernel, exact=exact)
     rows = []
     for file in text:
         with count_progress(file.name, "tokens") as progress:

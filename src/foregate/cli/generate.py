@@ -13,6 +13,8 @@ POLICY_HELP = "What stays in memory: lru (least recently used leaves first) or d
 MEMORY_HELP = "A share of the experts (25%), or bytes for backbone and experts together (8GiB)."
 
 THREADS_HELP = "Threads that compute; 0 is one per core."
+KERNEL_HELP = "What computes: cpu (native), reference (PyTorch), or auto, the faster that works here."
+EXACT_HELP = "Keep activations in float32 with quantized experts; otherwise they are rounded to int8, which is faster."
 
 
 def run(
@@ -22,6 +24,8 @@ def run(
     memory: str = typer.Option(EngineConfig.memory, help=MEMORY_HELP),
     policy: str = typer.Option(EngineConfig.policy, help=POLICY_HELP),
     threads: int = typer.Option(EngineConfig.threads, help=THREADS_HELP),
+    kernel: str = typer.Option(EngineConfig.kernel, help=KERNEL_HELP),
+    exact: bool = typer.Option(EngineConfig.exact, help=EXACT_HELP),
     temperature: float = typer.Option(GenerateConfig.temperature, help="0 is greedy; higher is more random."),
     top_p: float = typer.Option(GenerateConfig.top_p, help="Sample from the likeliest tokens of this total share."),
     seed: int = typer.Option(GenerateConfig.seed, help="Seed of the sampling."),
@@ -34,7 +38,7 @@ def run(
     generate_and_report(
         store,
         prompt,
-        {"memory": memory, "policy": policy, "threads": threads},
+        {"memory": memory, "policy": policy, "threads": threads, "kernel": kernel, "exact": exact},
         {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "seed": seed},
         report,
     )

@@ -5,7 +5,7 @@ import sys
 import typer
 
 from foregate import ForegateError, __version__
-from foregate.cli import convert, demo, evaluate, generate, verify
+from foregate.cli import bench, convert, demo, evaluate, generate, verify
 
 app = typer.Typer(
     name="foregate",
@@ -16,6 +16,7 @@ app = typer.Typer(
 )
 for module in (demo, convert, verify, generate, evaluate):
     app.command(name=module.NAME)(module.run)
+app.add_typer(bench.app, name="bench")
 
 
 def _print_version(wanted: bool) -> None:

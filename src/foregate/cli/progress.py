@@ -15,7 +15,6 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
-
 Advance = Callable[[int, int], None]  # (done, total)
 
 

@@ -20,6 +20,7 @@ def print_summary(report: dict) -> None:
         "misses": f"{experts['misses']:,}",
         "bytes read": f"{experts['bytes_read'] / MIB:,.1f} MiB, {experts['read_path']} reads",
         "waited for reads": f"{experts['stall_seconds']:.2f} s",
+        "kernel": experts["kernel"],
         "peak memory": f"{memory['peak_resident_bytes'] / MIB:,.0f} MiB",
     }
     table = Table(show_header=False, box=None, padding=(0, 2))

@@ -1,32 +1,47 @@
 """The reference kernel: PyTorch, obvious, the truth that faster kernels are tested against."""
 
+from collections.abc import Callable, Sequence
+
 import torch
 from torch import nn
 from torch.nn import functional
+
+from foregate.checkpoint.store import Weight
+from foregate.kernels.base import Kernel, Work
+from foregate.quantize.matrix import QuantizedMatrix
 
 # Matrix products round a row differently when it stands alone or at the ragged end of a batch. Padding the rows to a
 # multiple of 8 makes a token's result independent of the tokens beside it.
 ROW_BLOCK = 8
 
+Linear = Callable[[torch.Tensor, Weight, torch.Tensor | None], torch.Tensor]
 
-def expert_mlp(x: torch.Tensor, weights: dict[str, torch.Tensor], experts: nn.Module) -> torch.Tensor:
-    """One expert on some tokens: down(act(gate(x)) * up(x)), as the family's experts module defines it.
 
-    x: [tokens, hidden], in the compute dtype. weights: the expert's tensors by parameter name, matrices [out, in],
-    biases [out], any float dtype. experts: the family's module, which says how gate and up combine. Returns
-    [tokens, hidden]; each row depends on its own token alone, bit for bit.
+class ReferenceKernel(Kernel):
+    """Dequantizes an expert, then multiplies; always exact."""
+
+    name = "reference"
+
+    def run(self, hidden: torch.Tensor, work: Sequence[Work], outputs: torch.Tensor) -> None:
+        for item in work:
+            x = hidden[item.tokens]
+            padded = functional.pad(x, (0, 0, 0, -len(x) % ROW_BLOCK))
+            outputs[item.places] = expert_mlp(padded, item.weights, self.experts, _linear)[: len(x)]
+
+
+def expert_mlp(x: torch.Tensor, weights: dict[str, Weight], experts: nn.Module, linear: Linear) -> torch.Tensor:
+    """One expert on some tokens, as the family's experts module defines it: down(act(gate(x)) * up(x)).
+
+    x: [tokens, hidden]. weights: the expert's parameters by name, matrices [out, in], biases [out]. linear: multiplies
+    tokens by a matrix and adds a bias or None. Returns [tokens, hidden].
     """
-    tokens = x.shape[0]
-    x = functional.pad(x, (0, 0, 0, -tokens % ROW_BLOCK))
     first = "gate_up_proj" if experts.has_gate else "up_proj"
-    inner = _linear(x, weights, first)
+    inner = linear(x, weights[first], weights.get(first + "_bias"))
     inner = experts._apply_gate(inner) if experts.has_gate else experts.act_fn(inner)
-    y = _linear(inner, weights, "down_proj")
-    if getattr(experts, "has_post_expert_norm", False):
-        y = experts.post_expert_norm(y)
-    return y[:tokens]
+    y = linear(inner, weights["down_proj"], weights.get("down_proj_bias"))
+    return experts.post_expert_norm(y) if getattr(experts, "has_post_expert_norm", False) else y
 
 
-def _linear(x: torch.Tensor, weights: dict[str, torch.Tensor], name: str) -> torch.Tensor:
-    bias = weights.get(name + "_bias")
-    return functional.linear(x, weights[name].to(x.dtype), None if bias is None else bias.to(x.dtype))
+def _linear(x: torch.Tensor, matrix: Weight, bias: torch.Tensor | None) -> torch.Tensor:
+    weight = matrix.dequantize() if isinstance(matrix, QuantizedMatrix) else matrix
+    return functional.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))

@@ -27,7 +27,7 @@ class StreamedExperts:
         if self._engine is None:
             raise RuntimeError("these experts are not connected to an engine: load the model with foregate.load")
         flat = hidden_states.reshape(-1, hidden_states.shape[-1])
-        result = self._engine.run_layer(self._layer, flat, top_k_index, top_k_weights, self)
+        result = self._engine.run_layer(self._layer, flat, top_k_index, top_k_weights)
         return result.to(hidden_states.dtype).view(hidden_states.shape)
 
 

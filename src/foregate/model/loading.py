@@ -16,6 +16,7 @@ from foregate.checkpoint.store import Store
 from foregate.config import EngineConfig
 from foregate.engine import Engine
 from foregate.errors import ForegateError
+from foregate.kernels import set_threads
 from foregate.memory.budget import divide
 from foregate.model.experts import streamed_experts
 
@@ -29,12 +30,15 @@ def load(
     policy: str = EngineConfig.policy,
     readers: int = EngineConfig.readers,
     threads: int = EngineConfig.threads,
+    kernel: str = EngineConfig.kernel,
+    exact: bool = EngineConfig.exact,
 ) -> PreTrainedModel:
     """Load a store as a transformers model whose experts are read on demand.
 
     memory: a share of the experts ("25%") or bytes ("8GiB", 8589934592) for backbone and experts together. policy:
-    "lru" or "demand". readers: threads that read. threads: threads that compute, for the whole process; 0 leaves it to
-    PyTorch. Computation is in float32 on the CPU. The result is an ordinary model: `generate`, pipelines and
+    "lru" or "demand". readers: threads that read. threads: threads that compute, for the whole process; 0 is one
+    per core. kernel: "auto", "cpu" (native) or "reference" (PyTorch). exact: keep activations in float32 where the native
+    kernel would round them to int8, with quantized experts. Computation is on the CPU. The result is an ordinary model: `generate`, pipelines and
     evaluation harnesses work on it; its `foregate` attribute is the engine. Raises ForegateError on a damaged store, a
     budget that is too small, an unknown policy or an impossible number of threads.
     """
@@ -44,9 +48,9 @@ def load(
     architecture = inspect_architecture(load_config(opened.path))
     _check_match(opened, architecture)
     if threads:
-        torch.set_num_threads(threads)
+        set_threads(threads)
     budget = divide(str(memory), opened, _backbone_bytes(architecture))
-    engine = Engine(opened, budget, policy, readers)
+    engine = Engine(opened, budget, policy=policy, readers=readers, kernel=kernel, exact=exact)
     try:
         model = _build_backbone(opened.path, architecture)
         _connect(model, opened, engine)
@@ -78,13 +82,15 @@ def _build_backbone(path: Path, architecture: Architecture) -> PreTrainedModel:
 
 
 def _connect(model: PreTrainedModel, store: Store, engine: Engine) -> None:
-    for index, layer in enumerate(store.layers):
-        model.get_submodule(layer.module).connect(engine, index)
+    modules = [model.get_submodule(layer.module) for layer in store.layers]
+    for index, module in enumerate(modules):
+        module.connect(engine, index)
+    engine.connect(modules)
 
 
 def _check_match(store: Store, architecture: Architecture) -> None:
     found = [(layer.name, layer.num_experts, layer.params) for layer in architecture.layers]
-    stored = [(n.module, n.num_experts, {t.name: t.shape for t in n.layout.tensors}) for n in store.layers]
+    stored = [(n.module, n.num_experts, {p.name: p.shape for p in n.layout.params}) for n in store.layers]
     if found != stored:
         raise ForegateError(
             f"{store.path}: config.json describes another model than foregate.json does: convert the model again"

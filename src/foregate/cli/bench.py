@@ -1,0 +1,56 @@
+"""`foregate bench`: measurements of this machine, beside alternatives in the same run."""
+
+import json
+from dataclasses import asdict
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from foregate.cli.generate import THREADS_HELP
+from foregate.config import EngineConfig
+
+app = typer.Typer(help="Measure this machine, beside the alternatives in the same run.", no_args_is_help=True)
+
+
+@app.callback()
+def _group() -> None:
+    pass
+
+
+@app.command()
+def kernels(
+    shape: str = typer.Option("mixtral", help="Matrix of an expert of: mixtral, olmoe, qwen3 or gpt-oss."),
+    bits: list[int] = typer.Option([4, 3, 2, 8], help="Bits per weight; may be given several times."),
+    tokens: list[int] = typer.Option([1, 4, 16], help="Tokens at a time; may be given several times."),
+    threads: int = typer.Option(EngineConfig.threads, help=THREADS_HELP),
+    as_json: bool = typer.Option(False, "--json", help="Print JSON instead of a table."),
+) -> None:
+    """Time matrix products from quantized records: milliseconds, GB/s of records, share of the memory bandwidth."""
+    from foregate.kernels import cpu, set_threads
+    from foregate.kernels.bench import SHAPES, bench_matmul
+
+    if threads:
+        set_threads(threads)
+    bandwidth, timings = bench_matmul(shape, bits, tokens)
+    if as_json:
+        rows = [{**asdict(timing), "gigabytes_per_second": timing.gigabytes_per_second} for timing in timings]
+        facts = {"shape": shape, "rows_cols": SHAPES[shape], "isa": cpu.isa(), "threads": cpu.threads()}
+        print(json.dumps({**facts, "read_gigabytes_per_second": bandwidth, "timings": rows}, indent=1))
+        return
+    table = Table(
+        title=f"{shape} {SHAPES[shape]}, {cpu.isa()}, {cpu.threads()} threads; plain read {bandwidth:.1f} GB/s"
+    )
+    for column in ("kernel", "tokens", "ms (median)", "min", "max", "GB/s", "of a plain read"):
+        table.add_column(column, justify="left" if column == "kernel" else "right")
+    for timing in timings:
+        speed = timing.gigabytes_per_second
+        milliseconds = (timing.median, timing.fastest, timing.slowest)
+        table.add_row(
+            timing.name,
+            str(timing.tokens),
+            *(f"{t:.2f}" for t in milliseconds),
+            f"{speed:.1f}",
+            f"{speed / bandwidth:.0%}",
+        )
+    Console().print(table)

@@ -1,0 +1,44 @@
+"""What a kernel is: it computes some experts of one MoE layer, straight from their records."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import nn
+
+from foregate.checkpoint.store import Weight
+
+
+@dataclass(frozen=True)
+class Work:
+    """One expert and where its tokens are.
+
+    weights: the expert's parameters by name. tokens: int64 [n], rows of the input. places: int64 [n], rows of the
+    output, all different within a call.
+    """
+
+    weights: dict[str, Weight]
+    tokens: torch.Tensor
+    places: torch.Tensor
+
+
+class Kernel(ABC):
+    """The experts of one MoE layer.
+
+    experts: the family's module, which says how gate and up combine. exact: keep activations in float32 where the kernel
+    could round them. A token's result does not depend on the other tokens of a call, bit for bit.
+    """
+
+    name: ClassVar[str]
+
+    def __init__(self, experts: nn.Module, exact: bool) -> None:
+        self.experts, self.exact = experts, exact
+
+    @abstractmethod
+    def run(self, hidden: torch.Tensor, work: Sequence[Work], outputs: torch.Tensor) -> None:
+        """outputs[places] = expert(hidden[tokens]) for every piece of work; other rows stay.
+
+        hidden: float32 [tokens, hidden], contiguous; outputs: float32 [places, hidden].
+        """

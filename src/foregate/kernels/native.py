@@ -1,0 +1,82 @@
+"""The native kernel as a layer's kernel: whole experts in one call where the activation is one that it knows."""
+
+import functools
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from foregate.checkpoint.store import Weight
+from foregate.kernels import cpu
+from foregate.kernels.base import Kernel, Work
+from foregate.kernels.reference import expert_mlp
+
+PROBE = 64  # values that tell activations apart
+
+
+class NativeKernel(Kernel):
+    """C++ with SIMD chosen at run time. An activation it does not know runs in PyTorch between two native products."""
+
+    name = "cpu"
+
+    def __init__(self, experts: nn.Module, exact: bool) -> None:
+        super().__init__(experts, exact)
+        self._activation = find_activation(experts)
+
+    def run(self, hidden: torch.Tensor, work: Sequence[Work], outputs: torch.Tensor) -> None:
+        if self._activation is None:
+            for item in work:
+                outputs[item.places] = expert_mlp(hidden[item.tokens], item.weights, self.experts, self._linear)
+            return
+        items = [cpu.Work(_expert(item.weights), item.tokens, item.places) for item in work]
+        cpu.moe(hidden, items, self._activation, outputs, exact=self.exact)
+
+    def _linear(self, x: torch.Tensor, matrix: Weight, bias: torch.Tensor | None) -> torch.Tensor:
+        y = cpu.matmul(x.contiguous(), matrix, exact=self.exact)
+        return y if bias is None else y + bias.to(y.dtype)
+
+
+def find_activation(experts: nn.Module) -> cpu.Activation | None:
+    """Which of the native activations the module's own code computes; None if none.
+
+    The code is asked, not its name: on values from tiny to beyond every clamp the two must agree.
+    """
+    if getattr(experts, "has_post_expert_norm", False):
+        return None
+    values = torch.linspace(-12, 12, 2 * PROBE).view(1, -1)
+    values = values[:, torch.randperm(2 * PROBE, generator=torch.Generator().manual_seed(0))]
+    try:
+        with torch.inference_mode():
+            expected = experts._apply_gate(values) if experts.has_gate else experts.act_fn(values)
+    except Exception:  # code that does not run on a probe is code that the native kernel does not know
+        return None
+    for candidate in _candidates(experts.has_gate):
+        if torch.allclose(_apply(candidate, values), expected, rtol=1e-5, atol=1e-6):
+            return candidate
+    return None
+
+
+def _candidates(gated: bool) -> list[cpu.Activation]:
+    functions = ("silu", "gelu_tanh", "gelu", "relu2", "relu")
+    if not gated:
+        return [cpu.Activation(function, "ungated") for function in functions]
+    plain = [cpu.Activation(function, layout) for layout in ("concatenated", "interleaved") for function in functions]
+    return [*plain, cpu.GPT_OSS]
+
+
+def _apply(activation: cpu.Activation, values: torch.Tensor) -> torch.Tensor:
+    """What a native activation computes, through the native code itself: identity matrices around it."""
+    gated = activation.layout != "ungated"
+    inner = values.shape[1] // 2 if gated else values.shape[1]
+    expert = cpu.Expert(up=_identity(values.shape[1]), down=_identity(inner))
+    return cpu.expert_mlp(values, expert, activation, exact=True)
+
+
+@functools.cache
+def _identity(size: int) -> torch.Tensor:
+    return torch.eye(size)
+
+
+def _expert(weights: dict[str, Weight]) -> cpu.Expert:
+    first = "gate_up_proj" if "gate_up_proj" in weights else "up_proj"
+    return cpu.Expert(weights[first], weights["down_proj"], weights.get(first + "_bias"), weights.get("down_proj_bias"))
