@@ -9,7 +9,7 @@ OLDEST := .oldest
 PIP = .venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt $(PIP_ARGS)
 
 .DELETE_ON_ERROR:
-.PHONY: demo test test-oldest lint clean
+.PHONY: demo test test-oldest test-slow lint clean
 
 demo: .venv/ready
 	.venv/bin/foregate demo
@@ -21,9 +21,14 @@ test: .venv/ready .venv/ready-test
 test-oldest: .venv/ready-test $(OLDEST)/ready
 	PYTHONPATH=$(OLDEST) .venv/bin/python -m pytest -n $(WORKERS) tests/test_families.py tests/model/test_interfaces.py
 
+# What takes minutes or a large package: lm-eval's wrapper.
+test-slow: .venv/ready-test
+	$(PIP) lm_eval
+	.venv/bin/python -m pytest -m slow tests
+
 lint: .venv/ready-test
-	.venv/bin/ruff check src tests examples
-	.venv/bin/ruff format --check src tests examples
+	.venv/bin/ruff check src tests examples benchmarks
+	.venv/bin/ruff format --check src tests examples benchmarks
 
 .venv/ready: pyproject.toml constraints.txt CMakeLists.txt $(wildcard src/foregate/native/*.cpp src/foregate/native/*.h*)
 	$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14) and "Foregate needs Python 3.11 to 3.13")'

@@ -2,11 +2,12 @@
 
 import threading
 import time
+from typing import Any
 
 import torch
 from torch import nn
 
-from foregate.checkpoint.store import ExpertKey, Store, Weight
+from foregate.checkpoint.store import ExpertKey, Store
 from foregate.kernels import Kernel, Work, choose_kernel
 from foregate.memory.budget import Budget
 from foregate.memory.disk import DiskReader
@@ -30,7 +31,7 @@ class Engine:
         self._memory = SlotMemory(budget.slots, budget.slot_bytes)
         self._reader = DiskReader(store, self._memory, readers)
         self._kernels: list[Kernel] = []  # one a layer
-        self._weights_in: dict[tuple[int, int], dict[str, Weight]] = {}  # (slot, layer): views of the slot, made once
+        self._prepared: dict[int, tuple[int, Any]] = {}  # slot -> (layer, the slot as that layer's kernel takes it)
         self._lock = threading.Lock()
 
     def connect(self, modules: list[nn.Module]) -> None:
@@ -77,7 +78,7 @@ class Engine:
                 self._await_load(layer)
                 continue
             places = {expert: waiting.pop(expert) for expert in ready}
-            work = [Work(self._weights((layer, e)), rows // top_k, rows) for e, rows in places.items()]
+            work = [Work(self._expert((layer, e)), rows // top_k, rows) for e, rows in places.items()]
             self._kernels[layer].run(hidden, work, outputs)
             for expert in ready:
                 self._carry_out(self.scheduler.computed((layer, expert)))
@@ -96,12 +97,14 @@ class Engine:
         self.recorder.loaded(layer, finished.nbytes)
         self._carry_out(self.scheduler.arrived(finished.key))
 
-    def _weights(self, key: ExpertKey) -> dict[str, Weight]:
+    def _expert(self, key: ExpertKey) -> Any:
         layer, slot = key[0], self.scheduler.slot(key)
-        if (slot, layer) not in self._weights_in:
+        prepared_for, expert = self._prepared.get(slot, (None, None))
+        if prepared_for != layer:
             layout = self.store.layers[layer].layout
-            self._weights_in[slot, layer] = layout.unpack(self._memory.record(slot, layout.nbytes))
-        return self._weights_in[slot, layer]
+            expert = self._kernels[layer].prepare(layout.unpack(self._memory.record(slot, layout.nbytes)))
+            self._prepared[slot] = (layer, expert)
+        return expert
 
     def _record_routing(self, layer: int, places: dict[int, torch.Tensor]) -> None:
         hits = sum(self.scheduler.is_resident((layer, expert)) for expert in places)

@@ -16,10 +16,7 @@ def decode(bits: int, planes: dict[str, bytes]) -> list[float]:
     (base,) = struct.unpack("<f", planes["base"])
     scale = base * 2 ** (-planes["scales"][0] / 16)
     for j in range(64):
-        if bits == 4:
-            q = low[j % 32] >> 4 * (j // 32) & 15
-        else:
-            q = low[j % 16] >> 2 * (j // 16) & 3
+        q = low[j % 32] >> 4 * (j // 32) & 15 if bits == 4 else low[j % 16] >> 2 * (j // 16) & 3
         if bits == 3:
             q += 4 * (int.from_bytes(planes["high"], "little") >> j & 1)
         if bits == 2:

@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -15,11 +15,11 @@ from foregate.checkpoint.store import Weight
 class Work:
     """One expert and where its tokens are.
 
-    weights: the expert's parameters by name. tokens: int64 [n], rows of the input. places: int64 [n], rows of the
-    output, all different within a call.
+    expert: what the kernel's `prepare` made of its parameters. tokens: int64 [n], rows of the input. places: int64 [n],
+    rows of the output, all different within a call.
     """
 
-    weights: dict[str, Weight]
+    expert: Any
     tokens: torch.Tensor
     places: torch.Tensor
 
@@ -35,6 +35,10 @@ class Kernel(ABC):
 
     def __init__(self, experts: nn.Module, exact: bool) -> None:
         self.experts, self.exact = experts, exact
+
+    @abstractmethod
+    def prepare(self, weights: dict[str, Weight]) -> Any:
+        """An expert as `run` takes it, from views of a slot: made once, right for whatever record the slot holds."""
 
     @abstractmethod
     def run(self, hidden: torch.Tensor, work: Sequence[Work], outputs: torch.Tensor) -> None:

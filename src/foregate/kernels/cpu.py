@@ -10,7 +10,7 @@ import ctypes
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from math import inf
 from pathlib import Path
 
@@ -63,6 +63,12 @@ class Expert:
     down: Matrix
     up_bias: torch.Tensor | None = None
     down_bias: torch.Tensor | None = None
+
+    @cached_property
+    def addresses(self) -> "tuple[_Matrix, _Matrix, _Bias, _Bias]":
+        """Where the weights lie, checked once: an expert is used many times. Raises ValueError when they do not fit."""
+        up_bias, down_bias = _bias(self.up_bias, _shape(self.up)[0]), _bias(self.down_bias, _shape(self.down)[0])
+        return _matrix(self.up), _matrix(self.down), up_bias, down_bias
 
 
 @dataclass(frozen=True)
@@ -301,10 +307,7 @@ def _work(item: Work) -> _Expert:
     if item.weights is not None:
         _check_tensor(item.weights, "weights", torch.float32, (tokens,))
     return _Expert(
-        _matrix(expert.up),
-        _matrix(expert.down),
-        _bias(expert.up_bias, _shape(expert.up)[0]),
-        _bias(expert.down_bias, _shape(expert.down)[0]),
+        *expert.addresses,
         tokens,
         item.sources.data_ptr(),
         item.destinations.data_ptr(),

@@ -23,12 +23,15 @@ class NativeKernel(Kernel):
         super().__init__(experts, exact)
         self._activation = find_activation(experts)
 
+    def prepare(self, weights: dict[str, Weight]) -> cpu.Expert | dict[str, Weight]:
+        return weights if self._activation is None else _expert(weights)
+
     def run(self, hidden: torch.Tensor, work: Sequence[Work], outputs: torch.Tensor) -> None:
         if self._activation is None:
             for item in work:
-                outputs[item.places] = expert_mlp(hidden[item.tokens], item.weights, self.experts, self._linear)
+                outputs[item.places] = expert_mlp(hidden[item.tokens], item.expert, self.experts, self._linear)
             return
-        items = [cpu.Work(_expert(item.weights), item.tokens, item.places) for item in work]
+        items = [cpu.Work(item.expert, item.tokens, item.places) for item in work]
         cpu.moe(hidden, items, self._activation, outputs, exact=self.exact)
 
     def _linear(self, x: torch.Tensor, matrix: Weight, bias: torch.Tensor | None) -> torch.Tensor:

@@ -22,11 +22,14 @@ class ReferenceKernel(Kernel):
 
     name = "reference"
 
+    def prepare(self, weights: dict[str, Weight]) -> dict[str, Weight]:
+        return weights
+
     def run(self, hidden: torch.Tensor, work: Sequence[Work], outputs: torch.Tensor) -> None:
         for item in work:
             x = hidden[item.tokens]
             padded = functional.pad(x, (0, 0, 0, -len(x) % ROW_BLOCK))
-            outputs[item.places] = expert_mlp(padded, item.weights, self.experts, _linear)[: len(x)]
+            outputs[item.places] = expert_mlp(padded, item.expert, self.experts, _linear)[: len(x)]
 
 
 def expert_mlp(x: torch.Tensor, weights: dict[str, Weight], experts: nn.Module, linear: Linear) -> torch.Tensor:
