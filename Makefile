@@ -43,8 +43,7 @@ lint: .venv/ready-test
 
 $(OLDEST)/ready: .venv/ready
 	rm -rf $(OLDEST)
-	.venv/bin/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) --no-deps --target $(OLDEST) \
-		transformers==5.17.0 'huggingface-hub<2'
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) --target $(OLDEST) transformers==5.17.0
 	touch $@
 
 clean:

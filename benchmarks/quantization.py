@@ -36,14 +36,19 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=["demo/mixtral-tiny", "demo/qwen3-moe-tiny"])
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/quantization.json"))
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--bytes", type=int, default=32768, help="of each held-out text")
     arguments = parser.parse_args()
-    rows = [row for model in arguments.models for row in measure_model(ROOT / model, arguments.threads)]
+    rows = [
+        row for model in arguments.models for row in measure_model(ROOT / model, arguments.threads, arguments.bytes)
+    ]
     facts = {"platform": platform.platform(), "torch": torch.__version__, "foregate": foregate.__version__}
-    arguments.out.write_text(json.dumps({**facts, "threads": arguments.threads, "rows": rows}, indent=1) + "\n")
+    arguments.out.write_text(
+        json.dumps({**facts, "threads": arguments.threads, "bytes": arguments.bytes, "rows": rows}, indent=1) + "\n"
+    )
     print(table(rows))
 
 
-def measure_model(model: Path, threads: int) -> list[dict[str, Any]]:
+def measure_model(model: Path, threads: int, nbytes: int) -> list[dict[str, Any]]:
     """One row per variant."""
     with tempfile.TemporaryDirectory() as folder:
         stores = {}
@@ -52,6 +57,7 @@ def measure_model(model: Path, threads: int) -> list[dict[str, Any]]:
             stores[bits, quantizer] = Store(foregate.convert(model, Path(folder) / f"{bits}-{quantizer}", **options))
         speeds = measure_speeds(stores, threads)
         original = expert_weights(stores[16, "none"])
+        texts = excerpts(Path(folder), nbytes)
         rows = []
         for variant, store in stores.items():
             row = {"model": model.name, "bits": variant[0], "quantizer": variant[1]}
@@ -60,10 +66,20 @@ def measure_model(model: Path, threads: int) -> list[dict[str, Any]]:
                 "bits_per_weight": bits_per_weight(store, original),
             }
             row |= {"weight_error": weight_error(expert_weights(store), original)}
-            row |= measure_loss(store, threads) | {"tokens_per_second": speeds[variant]}
+            row |= measure_loss(store, texts, threads) | {"tokens_per_second": speeds[variant]}
             rows.append(row)
             print(row, flush=True)
     return rows
+
+
+def excerpts(folder: Path, nbytes: int) -> list[Path]:
+    """The first bytes of every held-out text, as files."""
+    texts = []
+    for source in sorted((ROOT / "demo/text").glob("*.txt")):
+        text = folder / source.name
+        text.write_text(source.read_bytes()[:nbytes].decode(errors="ignore"))
+        texts.append(text)
+    return texts
 
 
 def exact_record_bytes(store: Store) -> list[int]:
@@ -96,10 +112,10 @@ def weight_error(weights: list[torch.Tensor], original: list[torch.Tensor]) -> f
     return float((difference / sum(b.square().sum() for b in original)).sqrt())
 
 
-def measure_loss(store: Store, threads: int) -> dict[str, Any]:
+def measure_loss(store: Store, texts: list[Path], threads: int) -> dict[str, Any]:
     """Bits per byte by text kind and their mean, int8 activations as `generate` uses them."""
     model, tokenizer = foregate.load(store.path, memory="100%", threads=threads), load_tokenizer(str(store.path))
-    kinds = {f.stem: evaluate(model, tokenizer, f).bits_per_byte for f in sorted((ROOT / "demo/text").glob("*.txt"))}
+    kinds = {text.stem: evaluate(model, tokenizer, text).bits_per_byte for text in texts}
     model.foregate.close()
     return {"bits_per_byte": statistics.mean(kinds.values()), "bits_per_byte_by_kind": kinds}
 
