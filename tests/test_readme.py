@@ -47,7 +47,7 @@ def test_paths_in_the_docs_exist() -> None:
 
 
 def test_annotated_tree_names_what_is_there() -> None:
-    tree = next(block for block in re.findall(r"```\n(.*?)```", README, re.DOTALL) if "src/foregate/" in block)
+    tree = next(block for block in README.split("```") if block.startswith("\nsrc/foregate/"))
     named = set(re.findall(r"^  (\w+(?:/|\.py))", tree, re.MULTILINE))
     package = ROOT / "src/foregate"
     there = {p.name + "/" if p.is_dir() else p.name for p in package.iterdir() if p.name[0] not in "._"}

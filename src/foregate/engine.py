@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from foregate.checkpoint.store import ExpertKey, Store
+from foregate.errors import ForegateError
 from foregate.kernels import Kernel, Work, choose_kernel
 from foregate.memory.budget import Budget
 from foregate.memory.disk import DiskReader
@@ -28,6 +29,7 @@ class Engine:
         self.kernel, self.kernel_note = choose_kernel(kernel)
         self.scheduler = make_scheduler(policy, budget.slots)
         self.recorder = Recorder(len(store.layers))
+        self._readers = readers
         self._memory = SlotMemory(budget.slots, budget.slot_bytes)
         self._reader = DiskReader(store, self._memory, readers)
         self._kernels: list[Kernel] = []  # one a layer
@@ -112,8 +114,14 @@ class Engine:
 
     def _empty_slots(self) -> None:
         """After an error or an interruption: let loads in flight land, then forget what the slots hold."""
-        while self._reader.in_flight:
-            self._reader.wait()
+        try:
+            while self._reader.in_flight:
+                self._reader.wait()
+        except ForegateError:  # the disk hangs: a late read must not land in memory that is used again
+            self._reader.close_later()
+            self._memory = SlotMemory(self.budget.slots, self.budget.slot_bytes)
+            self._reader = DiskReader(self.store, self._memory, self._readers)
+        self._prepared.clear()
         self.scheduler = make_scheduler(self.policy, self.budget.slots)
 
 

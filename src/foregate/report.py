@@ -3,7 +3,7 @@
 import json
 import os
 import platform
-import resource
+import tempfile
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ import torch
 import transformers
 
 from foregate.errors import ForegateError
+from foregate.memory.process import peak_memory_bytes
 
 REPORT_VERSION = 1
 
@@ -58,11 +59,6 @@ class Recorder:
             bytes_read=sum(layer.bytes_read for layer in self.layers),
             stall_seconds=sum(layer.stall_seconds for layer in self.layers),
         )
-
-
-def peak_memory_bytes() -> int:
-    """The most memory this process ever held resident."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def build_report(engine: Any, settings: dict[str, Any], tokens: dict[str, int], seconds: dict[str, float]) -> dict:
@@ -112,10 +108,22 @@ def build_report(engine: Any, settings: dict[str, Any], tokens: dict[str, int], 
 
 def write_report(report: dict, path: str | Path) -> None:
     """Write a report as JSON, whole or not at all. Raises ForegateError when the place cannot be written."""
-    path = Path(path)
-    temporary = path.with_name(path.name + ".new")
+    path, text = Path(path), json.dumps(report, indent=1) + "\n"
     try:
-        temporary.write_text(json.dumps(report, indent=1) + "\n")
-        temporary.replace(path)
+        if path.exists() and not path.is_file():  # a pipe or a device is written to, not replaced
+            path.write_text(text)
+            return
+        with tempfile.NamedTemporaryFile("w", dir=path.absolute().parent, delete=False) as stream:
+            stream.write(text)
+        Path(stream.name).replace(path)
     except OSError as error:
         raise ForegateError(f"cannot write the report {path}: {error.strerror}") from None
+
+
+def check_report_path(path: Path) -> None:
+    """Raise ForegateError now for a place where no report could be written later."""
+    folder = path.absolute().parent
+    if not folder.is_dir():
+        raise ForegateError(f"no such folder for the report: {folder}")
+    if path.is_dir() or not os.access(path if path.exists() else folder, os.W_OK):
+        raise ForegateError(f"cannot write the report {path}: name a file that can be written")

@@ -113,7 +113,7 @@ def test_interrupted_conversion_resumes_where_it_stopped(checkpoint: Callable[[s
     assert digest(tmp_path / "store") == whole
 
 
-def test_another_source_does_not_continue_old_work(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
+def test_unfinished_work_is_neither_mixed_nor_lost(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
     def stop_late(done: int, total: int) -> None:
         if done > 0.8 * total:
             raise KeyboardInterrupt
@@ -122,8 +122,25 @@ def test_another_source_does_not_continue_old_work(checkpoint: Callable[[str], P
         foregate.convert(checkpoint("olmoe"), tmp_path / "store", progress=stop_late)
     other = tmp_path / "other"
     tiny_model("olmoe", seed=5).save_pretrained(other)
+    for source, bits in ((other, 16), (checkpoint("olmoe"), 4)):
+        with pytest.raises(ForegateError, match="another source or other settings"):
+            foregate.convert(source, tmp_path / "store", bits=bits)
+    foregate.convert(checkpoint("olmoe"), tmp_path / "store")
+    assert digest(tmp_path / "store") == digest(foregate.convert(checkpoint("olmoe"), tmp_path / "clean"))
+
+
+def test_work_that_is_not_worth_resuming_leaves_no_trace(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
+    """Killed before the first layer was finished, then another source: nothing of the first gets into the store."""
+    code = (
+        "import os, sys, foregate; "
+        "foregate.convert(sys.argv[1], sys.argv[2], progress=lambda done, total: os._exit(9) if done > 0 else None)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, checkpoint("olmoe"), tmp_path / "store"])
+    assert done.returncode == 9
+    assert (tmp_path / "store.partial").exists()
+    other = tmp_path / "other"
+    tiny_model("olmoe", seed=5).save_pretrained(other)
     foregate.convert(other, tmp_path / "store")
-    assert foregate.verify(tmp_path / "store") == 24
     assert digest(tmp_path / "store") == digest(foregate.convert(other, tmp_path / "clean"))
 
 
@@ -165,8 +182,8 @@ def test_peak_memory_is_bounded_by_a_layer_not_by_the_model(tmp_path: Path) -> N
     bound = layer_bytes + 500 * 2**20
     assert total > bound
     code = (
-        "import sys, resource, foregate; foregate.convert(sys.argv[1], sys.argv[2]); "
-        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)"
+        "import sys, foregate; from foregate.memory.process import peak_memory_bytes; "
+        "foregate.convert(sys.argv[1], sys.argv[2]); print(peak_memory_bytes())"
     )
     done = subprocess.run(
         [sys.executable, "-c", code, source, tmp_path / "store"], check=True, capture_output=True, text=True

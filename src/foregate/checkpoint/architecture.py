@@ -97,7 +97,7 @@ def _meta_model(config: PretrainedConfig) -> PreTrainedModel:
         with torch.device("meta"), _no_quantizer(config):
             # Packed MXFP4 experts become what the model's parameters are: bfloat16 holds them exactly.
             return builder.from_config(config, dtype=torch.bfloat16, trust_remote_code=False)
-    except (ValueError, KeyError, AttributeError, TypeError, ImportError) as error:
+    except Exception as error:  # whatever a family's code raises on values that make no model
         raise ForegateError(
             f"{type(config).__name__} (model_type {config.model_type}) cannot be built from its config.json: "
             f"{first_line(error)}"
@@ -143,7 +143,10 @@ def _describe(model: PreTrainedModel, path: str, module: nn.Module) -> ExpertsMo
         raise ForegateError(
             f"{type(module).__name__} at {path} has parameters for {sorted(counts)} experts: one count was expected"
         )
-    return ExpertsModule(path, type(module).__name__, counts.pop(), _top_k(model, path), transposed, params)
+    num_experts, top_k = counts.pop(), _top_k(model, path)
+    if top_k > num_experts:
+        raise ForegateError(f"config.json asks for {top_k} experts a token, but {path} has {num_experts}: correct it")
+    return ExpertsModule(path, type(module).__name__, num_experts, top_k, transposed, params)
 
 
 def _top_k(model: PreTrainedModel, path: str) -> int:

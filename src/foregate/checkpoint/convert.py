@@ -8,13 +8,13 @@ import errno
 import hashlib
 import json
 import os
-import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import torch
 
+from foregate import __version__
 from foregate.checkpoint.architecture import Architecture, ExpertsModule, inspect_architecture
 from foregate.checkpoint.expert_reader import ExpertReader
 from foregate.checkpoint.source import STORE_MANIFEST, Checkpoint, open_checkpoint
@@ -56,8 +56,11 @@ def convert(
     if bits not in (UNQUANTIZED, *BITS):
         raise ForegateError(f"--bits {bits}: choose 16 (the checkpoint's own precision), 8, 4, 3 or 2")
     destination = Path(destination).expanduser().absolute()
-    if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
-        raise ForegateError(f"{destination} exists already: remove it or name another destination")
+    try:
+        if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
+            raise ForegateError(f"{destination} exists already: remove it or name another destination")
+    except OSError as error:
+        raise _io_error(error, destination) from None
     checkpoint = open_checkpoint(source)
     architecture = inspect_architecture(checkpoint.config)
     reader = ExpertReader(checkpoint, architecture)
@@ -114,11 +117,13 @@ class _Job:
     def fingerprint(self) -> str:
         """Changes whenever a resumed conversion would not continue the same work."""
         files = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in self.checkpoint.weight_files()]
-        facts = [FORMAT_VERSION, self.encoder.bits, self.encoder.name, str(self.checkpoint.path), files]
-        return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+        facts = [FORMAT_VERSION, __version__, self.encoder.bits, self.encoder.name, str(self.checkpoint.path), files]
+        headers = self.experts_header + self.backbone_header
+        return hashlib.sha256(json.dumps(facts).encode() + headers).hexdigest()
 
     def run(self, work: Workspace, progress: Progress) -> None:
         """Do what the journal says is still to do."""
+        self._copy_side_files(work)
         work.allocate(EXPERTS_FILE, self.experts_bytes)
         work.allocate(BACKBONE_FILE, self.backbone_bytes)
         if work.backbone_checksum is None:
@@ -130,8 +135,7 @@ class _Job:
                 work.layer_finished(self._write_layer(work, index, advance))
             done += layer.num_experts * layer.layout.nbytes
             progress(done, self.output_bytes)
-        self._copy_side_files(work)
-        work.write_text(STORE_MANIFEST, self._manifest(work).to_json())
+        work.write(STORE_MANIFEST, self._manifest(work).to_json().encode())
 
     def _write_backbone(self, work: Workspace, advance: Callable[[int], None]) -> str:
         checksum, offset = hashlib.sha256(self.backbone_header), len(self.backbone_header)
@@ -168,9 +172,9 @@ class _Job:
                 config = json.loads(file.read_text())
                 for unwanted in ("quantization_config", "auto_map"):  # records are not quantized; code is never run
                     config.pop(unwanted, None)
-                work.write_text("config.json", json.dumps(config, indent=2))
+                work.write("config.json", json.dumps(config, indent=2).encode())
             else:
-                shutil.copyfile(file, work.path / file.name)
+                work.write(file.name, file.read_bytes())
 
     def _manifest(self, work: Workspace) -> Manifest:
         return Manifest(
@@ -182,6 +186,7 @@ class _Job:
             checksums=tuple(tuple(sums) for sums in work.layer_checksums),
             backbone_checksum=work.backbone_checksum or "",
             backbone_bytes=self.backbone_bytes,
+            unused_tensors=len(self.reader.unused),
         )
 
 
@@ -190,4 +195,6 @@ def _io_error(error: OSError, destination: Path) -> ForegateError:
         kept = Workspace.path_for(destination)
         what = f"finished layers are kept in {kept}: free space and run again" if kept.exists() else "nothing was left"
         return ForegateError(f"the disk of {destination} is full; {what}")
-    return ForegateError(f"cannot write {error.filename or destination}: {os.strerror(error.errno or 0)}")
+    return ForegateError(
+        f"cannot convert to {destination}: {error.filename or 'a file'}: {os.strerror(error.errno or 0)}"
+    )

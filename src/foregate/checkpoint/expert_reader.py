@@ -61,6 +61,8 @@ class ExpertReader:
             if target in params:
                 self._sources[target][pattern or key].append(key)
             elif target in state:
+                if pattern is None:
+                    self._check_shape(key, tuple(state[target].shape))
                 self.backbone.append(key)
                 found |= self._all_targets(target, pattern)
             else:
@@ -80,6 +82,14 @@ class ExpertReader:
         if converter is None:
             return {target}
         return {target.replace(converter.target_patterns[0], name) for name in converter.target_patterns}
+
+    def _check_shape(self, key: str, shape: tuple[int, ...]) -> None:
+        found = self.checkpoint.tensors[key].shape
+        if found != shape:
+            raise ForegateError(
+                f"{self.checkpoint.path}: {key} has shape {found} where config.json asks for {shape}: weights and "
+                "configuration do not belong together"
+            )
 
     def _check_backbone(self, found: set[str], expert_params: set[str]) -> None:
         """Every backbone parameter is in the checkpoint under at least one of its names (tied weights have several)."""
@@ -104,9 +114,11 @@ class ExpertReader:
                     )
                 self._check_separable(layer, next(iter(sources)))
                 for pattern, keys in sources.items():
-                    if len(keys) not in (1, layer.num_experts):
+                    single = not _merges(self._converter(pattern))
+                    held = self.checkpoint.tensors[keys[0]].shape[0] if single else len(keys)
+                    if held != layer.num_experts or (single and len(keys) > 1):
                         raise ForegateError(
-                            f"{self.checkpoint.path} holds {len(keys)} of {layer.num_experts} experts for {pattern} in "
+                            f"{self.checkpoint.path} holds {held} of {layer.num_experts} experts for {pattern} in "
                             f"{layer.name}: the checkpoint is incomplete"
                         )
 
@@ -138,7 +150,7 @@ class ExpertReader:
         converter = self._converter(next(iter(sources)))
         if converter is None:
             return self._rows(next(iter(sources.values()))[0], expert)
-        merges = any(isinstance(op, MergeModulelist) for op in converter.operations)
+        merges = _merges(converter)
         for pattern, keys in sources.items():
             tensor = self.checkpoint.tensors[keys[expert]].read() if merges else self._rows(keys[0], expert)
             converter.add_tensor(target, keys[0], pattern, tensor)
@@ -172,6 +184,11 @@ class _OneExpertModel:
 
     def __getattr__(self, name: str) -> object:
         return getattr(self._model, name)
+
+
+def _merges(converter: WeightConverter | None) -> bool:
+    """Whether the checkpoint holds one tensor per expert, which the conversion puts together."""
+    return converter is not None and any(isinstance(op, MergeModulelist) for op in converter.operations)
 
 
 def _dequantizer(checkpoint: Checkpoint) -> object | None:

@@ -79,7 +79,7 @@ def _download(hub_id: str) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(hub_id, allow_patterns=["*.safetensors", *SIDE_FILES]))
+        return Path(snapshot_download(hub_id, allow_patterns=["*.safetensors", *SIDE_FILES], ignore_patterns=["*/*"]))
     except Exception as error:  # the hub client raises many kinds; each becomes the same one line
         raise ForegateError(
             f"no such folder: {hub_id}; nor could it be downloaded as a hub id ({type(error).__name__}): check the "
@@ -92,8 +92,8 @@ def _index(path: Path) -> dict[str, TensorEntry]:
     if index.is_file():
         try:
             weight_map = json.loads(index.read_text())["weight_map"]
-            names = sorted(set(weight_map.values()))
-        except (ValueError, KeyError, AttributeError, TypeError):
+            names = sorted({str(name) for name in weight_map.values()})
+        except (ValueError, KeyError, AttributeError, TypeError, OSError):
             raise ForegateError(f"{index} is not a weight index: copy or download it again") from None
     elif (path / "model.safetensors").is_file():
         weight_map, names = None, ["model.safetensors"]

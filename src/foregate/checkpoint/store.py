@@ -15,7 +15,7 @@ import torch
 from foregate.checkpoint.source import STORE_MANIFEST
 from foregate.checkpoint.tensors import DTYPE_NAMES, DTYPES, build_header, read_header
 from foregate.errors import ForegateError
-from foregate.quantize.matrix import PLANES, QuantizedMatrix
+from foregate.quantize.matrix import PLANES, QuantizedMatrix, plane_shapes
 
 FORMAT_VERSION = 1
 ALIGNMENT = 4096  # of records: the unit of direct I/O
@@ -138,6 +138,7 @@ class Manifest:
     checksums: tuple[tuple[str, ...], ...]  # SHA-256 of every record, by layer and expert
     backbone_checksum: str  # SHA-256 of model.safetensors
     backbone_bytes: int
+    unused_tensors: int  # of the checkpoint, which the text model has no place for
 
     def to_json(self) -> str:
         layers = [asdict(layer) for layer in self.layers]
@@ -147,7 +148,11 @@ class Manifest:
             {
                 "format": "foregate store",
                 "version": FORMAT_VERSION,
-                "model": {"class": self.model_class, "type": self.model_type},
+                "model": {
+                    "class": self.model_class,
+                    "type": self.model_type,
+                    "unused_tensors": self.unused_tensors,
+                },
                 "quantization": {"bits": self.bits, "quantizer": self.quantizer},
                 "backbone": {"bytes": self.backbone_bytes, "sha256": self.backbone_checksum},
                 "layers": layers,
@@ -168,6 +173,7 @@ class Manifest:
             checksums=tuple(tuple(layer["checksums"]) for layer in data["layers"]),
             backbone_checksum=data["backbone"]["sha256"],
             backbone_bytes=int(data["backbone"]["bytes"]),
+            unused_tensors=int(data["model"]["unused_tensors"]),
         )
 
 
@@ -266,11 +272,15 @@ def _read_manifest(path: Path) -> Manifest:
     try:
         text = file.read_text()
         version = json.loads(text)["version"]
-        if isinstance(version, int) and version > FORMAT_VERSION:
+        if type(version) is not int or version < 1:
+            raise ValueError(version)
+        if version > FORMAT_VERSION:
             raise ForegateError(
                 f"{path} has store version {version}, this Foregate reads up to {FORMAT_VERSION}: update Foregate"
             )
         return Manifest.from_json(text)
+    except OSError as error:
+        raise ForegateError(f"{file} cannot be read: {error.strerror}") from None
     except (ValueError, KeyError, TypeError, AttributeError):
         raise _damaged(file, "it is not a store manifest") from None
 
@@ -283,10 +293,24 @@ def _layer_from_json(data: dict) -> LayerInfo:
     params = tuple(
         ParamSpec(p["name"], tuple(int(n) for n in p["shape"]), int(p["bits"])) for p in data["layout"]["params"]
     )
+    _check_specs(params, tensors)
     layer = LayerInfo(data["module"], int(data["num_experts"]), int(data["top_k"]), RecordLayout(params, tensors))
     if len(data["checksums"]) != layer.num_experts or any(t.dtype not in DTYPES for t in tensors):
         raise ValueError(layer.module)
     return layer
+
+
+def _check_specs(params: tuple[ParamSpec, ...], tensors: tuple[TensorSpec, ...]) -> None:
+    """Raise ValueError or KeyError unless the tensors are exactly those that hold the parameters."""
+    expected: dict[str, tuple[int, ...]] = {}
+    for param in params:
+        if param.bits in PLANES:
+            planes = plane_shapes(param.bits, *param.shape)
+            expected |= {f"{param.name}.{plane}": shape for plane, (_, shape) in planes.items()}
+        else:
+            expected[param.name] = param.shape
+    if not expected or {spec.name: spec.shape for spec in tensors} != expected:
+        raise ValueError("tensors and parameters of a record differ")
 
 
 def _damaged(file: Path, what: str) -> ForegateError:

@@ -43,7 +43,13 @@ class Workspace:
         except OSError:
             os.close(self._lock)
             raise ForegateError(f"another conversion to {self.destination} is running: wait for it") from None
-        self._read_journal()
+        try:
+            self._read_journal()
+            if not self.layer_checksums:
+                self._clear()
+        except BaseException:
+            os.close(self._lock)
+            raise
         return self
 
     def __exit__(
@@ -69,11 +75,11 @@ class Workspace:
         finally:
             os.close(fd)
 
-    def write_text(self, name: str, text: str) -> None:
+    def write(self, name: str, content: bytes) -> None:
         """Write a small file whole or not at all."""
         temporary = self.path / (name + ".new")
-        with temporary.open("w") as stream:
-            stream.write(text)
+        with temporary.open("wb") as stream:
+            stream.write(content)
             stream.flush()
             os.fsync(stream.fileno())
         temporary.replace(self.path / name)
@@ -87,11 +93,12 @@ class Workspace:
         self._write_journal()
 
     def publish(self) -> None:
-        """Give the finished store its name."""
-        for helper in (JOURNAL, LOCK):
-            (self.path / helper).unlink()
+        """Give the finished store its name. The journal goes last: a rename that fails loses nothing."""
         _fsync_folder(self.path)
         self.path.rename(self.destination)
+        for helper in (JOURNAL, LOCK):
+            (self.destination / helper).unlink()
+        _fsync_folder(self.destination)
         _fsync_folder(self.destination.parent)
 
     def _check_space(self) -> None:
@@ -109,11 +116,25 @@ class Workspace:
     def _read_journal(self) -> None:
         try:
             journal = json.loads((self.path / JOURNAL).read_text())
-        except (OSError, ValueError):
+        except FileNotFoundError:
             return
+        except ValueError:
+            raise ForegateError(f"{self.path / JOURNAL} is damaged: remove the folder {self.path}") from None
         if journal.get("fingerprint") == self.fingerprint:
             self.layer_checksums = journal["layers"]
             self.backbone_checksum = journal["backbone"]
+        elif journal.get("layers"):
+            raise ForegateError(
+                f"{self.path} holds an unfinished conversion with another source or other settings: finish that one, or "
+                "remove the folder"
+            )
+
+    def _clear(self) -> None:
+        """Remove what earlier work left that is not worth resuming."""
+        for file in self.path.iterdir():
+            if file.name != LOCK:
+                file.unlink()
+        self.backbone_checksum = None
 
     def _write_journal(self) -> None:
         journal = {
@@ -121,7 +142,7 @@ class Workspace:
             "backbone": self.backbone_checksum,
             "layers": self.layer_checksums,
         }
-        self.write_text(JOURNAL, json.dumps(journal))
+        self.write(JOURNAL, json.dumps(journal).encode())
 
 
 def _fsync_folder(path: Path) -> None:

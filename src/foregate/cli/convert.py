@@ -17,7 +17,7 @@ def run(
     bits: int = typer.Option(
         ConvertConfig.bits, help="Bits per expert weight: 16 (the checkpoint's own), 8, 4, 3 or 2."
     ),
-    quantizer: str = typer.Option(ConvertConfig.quantizer, help="How to quantize: refit, hqq or rtn."),
+    quantizer: str = typer.Option(ConvertConfig.quantizer, help="How to quantize: refit, hqq, gptq or rtn."),
 ) -> None:
     """Convert a Hugging Face MoE checkpoint into a store, one expert at a time.
 
@@ -30,6 +30,8 @@ def run(
     with byte_progress("converting") as progress:
         path = convert(source, destination, bits=bits, quantizer=quantizer, progress=progress)
     store = Store(path)
+    if store.manifest.unused_tensors:
+        print(f"left out: {store.manifest.unused_tensors} tensors that the text model has no place for")
     print(
         f"{path}: {len(store.layers)} MoE layers, {store.num_experts} experts of {store.record_bytes / 2**20:.2f} MiB, "
         f"backbone {store.manifest.backbone_bytes / 2**20:.1f} MiB, in {time.perf_counter() - start:.1f} s"

@@ -20,8 +20,10 @@ def run(
     report: Path | None = typer.Option(None, help="Write a JSON report of the run to this file."),
 ) -> None:
     """Generate from the demo model with a quarter of its experts in memory. Run it in the project's folder."""
-    from foregate import convert
+    from foregate import ForegateError, convert
 
+    if not model.is_dir():
+        raise ForegateError(f"no demo model in {model}: run this in the project's folder, or name it with --model")
     if not (store / "foregate.json").exists():
         path = convert(model, store)
         print(f"converted {model} to {path}", file=sys.stderr)

@@ -48,21 +48,20 @@ def generate_and_report(
     store: Path, prompt: str, engine_settings: dict, generate_settings: dict, report_path: Path | None
 ) -> None:
     """Load, stream the text to stdout, print the summary to stderr and write the report if asked."""
-    from foregate import ForegateError, load
+    from foregate import load
     from foregate.checkpoint.store import Store
     from foregate.cli.summary import print_summary
     from foregate.model.generate import generate, load_tokenizer
-    from foregate.report import build_report, write_report
+    from foregate.report import build_report, check_report_path, write_report
 
-    if report_path is not None and not report_path.absolute().parent.is_dir():
-        raise ForegateError(f"no such folder for the report: {report_path.absolute().parent}")
+    if report_path is not None:
+        check_report_path(report_path)
     start = time.perf_counter()
     Store(store)  # what is wrong with the folder is said before anything is loaded
     tokenizer = load_tokenizer(str(store))
     model = load(store, **engine_settings)
     load_seconds = time.perf_counter() - start
-    sys.stdout.write(prompt)
-    result = generate(model, tokenizer, prompt, emit=_write, **generate_settings)
+    result = generate(model, tokenizer, prompt, emit=_write, start=lambda: _write(prompt), **generate_settings)
     _write("\n")
     report = build_report(
         model.foregate,

@@ -39,9 +39,9 @@ def main() -> None:
     except ForegateError as error:
         print(f"foregate: {error}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        print("\nforegate: interrupted", file=sys.stderr)
-        sys.exit(130)
+    except OSError as error:
+        print(f"foregate: {error.filename or 'input or output'}: {error.strerror or error}", file=sys.stderr)
+        sys.exit(2)
 
 
 if __name__ == "__main__":

@@ -46,8 +46,9 @@ def find_activation(experts: nn.Module) -> cpu.Activation | None:
     """
     if getattr(experts, "has_post_expert_norm", False):
         return None
-    values = torch.linspace(-12, 12, 2 * PROBE).view(1, -1)
-    values = values[:, torch.randperm(2 * PROBE, generator=torch.Generator().manual_seed(0))]
+    magnitudes = torch.logspace(-3, 4, PROBE)
+    values = torch.cat([magnitudes, -magnitudes]).repeat(8)
+    values = values[torch.randperm(len(values), generator=torch.Generator().manual_seed(0))].view(1, -1)
     try:
         with torch.inference_mode():
             expected = experts._apply_gate(values) if experts.has_gate else experts.act_fn(values)

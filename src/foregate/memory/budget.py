@@ -54,4 +54,4 @@ def parse_bytes(text: str) -> int:
     match = SIZE.fullmatch(text.strip())
     if not match or match[2].upper() not in UNITS:
         raise ForegateError(f"--memory {text} is not a memory size: write a share such as 25% or bytes such as 8GiB")
-    return int(float(match[1]) * UNITS[match[2].upper()])
+    return int(min(float(match[1]), 1e18) * UNITS[match[2].upper()])

@@ -42,6 +42,8 @@ class DiskReader:
 
     def submit(self, load: Load) -> None:
         """Queue a load."""
+        if not self._threads:
+            raise ForegateError("this model was closed: load it again")
         self.in_flight += 1
         self._loads.put(load)
 
@@ -64,14 +66,20 @@ class DiskReader:
             os.close(self._fd)
         self._threads = []
 
+    def close_later(self) -> None:
+        """Let the threads end when the disk answers, without waiting for it."""
+        for _ in self._threads:
+            self._loads.put(None)
+        self._threads = []
+
     def _run(self) -> None:
         while (load := self._loads.get()) is not None:
             offset, nbytes = self._store.location(load.key)
             try:
                 self._read(self._memory.buffer(load.slot, nbytes), offset)
                 self._finished.put(Finished(load.key, nbytes))
-            except OSError as error:
-                what = error.strerror or "the file ended early"
+            except Exception as error:  # whatever it is, the engine must hear of it
+                what = getattr(error, "strerror", None) or str(error) or "the file ended early"
                 name = self._store.record_name(load.key)
                 message = f"{self._store.experts_path}: record {name} cannot be read ({what}); run foregate verify"
                 self._finished.put(Finished(load.key, nbytes, ForegateError(message)))

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer, set_seed
+from transformers import AutoTokenizer, BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer, set_seed
 
 from foregate.config import GenerateConfig
 from foregate.errors import ForegateError, first_line
@@ -43,7 +43,7 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
     """The tokenizer in a model folder. Raises ForegateError when there is none."""
     try:
         return AutoTokenizer.from_pretrained(path, trust_remote_code=False, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # whatever the tokenizer's own parsers raise
         raise ForegateError(f"{path} has no tokenizer that transformers can read: {first_line(error)}") from None
 
 
@@ -56,20 +56,20 @@ def generate(
     temperature: float = GenerateConfig.temperature,
     top_p: float = GenerateConfig.top_p,
     seed: int = GenerateConfig.seed,
+    start: Callable[[], None] = lambda: None,
     emit: Callable[[str], None] = lambda text: None,
 ) -> Generation:
-    """Continue `prompt`, passing text to `emit` as it comes. Temperature 0 is greedy; otherwise `seed` decides.
+    """Continue `prompt`, passing text to `emit` as it comes; `start` is called when all checks have passed. Temperature 0 is greedy; otherwise `seed` decides.
 
     Raises ForegateError for an empty prompt or settings out of range.
     """
-    _check(max_new_tokens, temperature, top_p)
-    inputs = tokenizer(prompt, return_tensors="pt")
-    if not inputs["input_ids"].numel():
-        raise ForegateError("the prompt is empty: give at least one character")
+    _check(max_new_tokens, temperature, top_p, seed)
+    inputs = _encode(tokenizer, prompt, getattr(model.config.get_text_config(), "max_position_embeddings", None))
     streamer = _TimedStreamer(tokenizer, emit)
     sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature else {"do_sample": False}
     set_seed(seed)
-    start = time.perf_counter()
+    start()
+    began = time.perf_counter()
     with torch.inference_mode():
         output = model.generate(
             input_ids=inputs["input_ids"],
@@ -77,6 +77,7 @@ def generate(
             max_new_tokens=max_new_tokens,
             pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
             streamer=streamer,
+            num_beams=1,  # a store's own defaults may ask for beams, which cannot be streamed
             **sampling,
         )
     prompt_tokens = inputs["input_ids"].shape[1]
@@ -84,15 +85,31 @@ def generate(
         text=tokenizer.decode(output[0, prompt_tokens:], skip_special_tokens=True),
         prompt_tokens=prompt_tokens,
         new_tokens=output.shape[1] - prompt_tokens,
-        first_token_seconds=streamer.times[0] - start,
+        first_token_seconds=streamer.times[0] - began,
         decode_seconds=streamer.times[-1] - streamer.times[0],
     )
 
 
-def _check(max_new_tokens: int, temperature: float, top_p: float) -> None:
+def _encode(tokenizer: PreTrainedTokenizerBase, prompt: str, limit: int | None) -> BatchEncoding:
+    try:
+        prompt.encode()
+    except UnicodeEncodeError:
+        raise ForegateError("the prompt is not UTF-8 text: convert it first") from None
+    inputs = tokenizer(prompt, return_tensors="pt", verbose=False)
+    count = inputs["input_ids"].shape[-1]
+    if not count:
+        raise ForegateError("the prompt is empty: give at least one character")
+    if limit and count >= limit:
+        raise ForegateError(f"the prompt has {count} tokens and the model's context holds {limit}: shorten it")
+    return inputs
+
+
+def _check(max_new_tokens: int, temperature: float, top_p: float, seed: int) -> None:
     if max_new_tokens < 1:
         raise ForegateError(f"--max-new-tokens {max_new_tokens}: at least 1 is needed")
-    if temperature < 0:
+    if not 0 <= temperature < float("inf"):
         raise ForegateError(f"--temperature {temperature:g}: 0 (greedy) or above is needed")
+    if not 0 <= seed < 2**32:
+        raise ForegateError(f"--seed {seed}: a number from 0 to {2**32 - 1} is needed")
     if not 0 < top_p <= 1:
         raise ForegateError(f"--top-p {top_p:g}: a share above 0 and at most 1 is needed")

@@ -7,19 +7,22 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 from transformers.utils import logging
 
-from foregate.checkpoint.architecture import Architecture, auto_class, inspect_architecture
+from foregate.checkpoint.architecture import Architecture, inspect_architecture
 from foregate.checkpoint.source import load_config
 from foregate.checkpoint.store import Store
+from foregate.checkpoint.tensors import TensorEntry, read_header
 from foregate.config import EngineConfig
 from foregate.engine import Engine
-from foregate.errors import ForegateError
+from foregate.errors import ForegateError, first_line
 from foregate.kernels import set_threads
 from foregate.memory.budget import divide
+from foregate.memory.process import return_unused_memory
 from foregate.model.experts import streamed_experts
 
+MAX_THREADS = 256
 _BUILDING = threading.Lock()  # class names are swapped while a model is built
 
 
@@ -42,8 +45,8 @@ def load(
     evaluation harnesses work on it; its `foregate` attribute is the engine. Raises ForegateError on a damaged store, a
     budget that is too small, an unknown policy or an impossible number of threads.
     """
-    if threads < 0 or readers < 1:
-        raise ForegateError(f"threads={threads}, readers={readers}: threads is 0 or more, readers 1 or more")
+    if not 0 <= threads <= MAX_THREADS or not 1 <= readers <= MAX_THREADS:
+        raise ForegateError(f"threads={threads}, readers={readers}: 0 or 1 to {MAX_THREADS} are possible")
     opened = Store(store)
     architecture = inspect_architecture(load_config(opened.path))
     _check_match(opened, architecture)
@@ -52,33 +55,52 @@ def load(
     budget = divide(str(memory), opened, _backbone_bytes(architecture))
     engine = Engine(opened, budget, policy=policy, readers=readers, kernel=kernel, exact=exact)
     try:
-        model = _build_backbone(opened.path, architecture)
+        model = _build_backbone(opened, architecture)
         _connect(model, opened, engine)
     except BaseException:
         engine.close()
         raise
     model.foregate = engine
+    del architecture
+    return_unused_memory()  # what loading needed would otherwise stay with the process
     weakref.finalize(model, engine.close)
     return model
 
 
-def _build_backbone(path: Path, architecture: Architecture) -> PreTrainedModel:
-    with _BUILDING, _quiet(), streamed_experts(architecture.expert_classes):
-        model, info = auto_class(architecture.model.config).from_pretrained(
-            path,
-            dtype=torch.float32,
-            trust_remote_code=False,
-            local_files_only=True,
-            use_safetensors=True,
-            output_loading_info=True,
-        )
-    if info["missing_keys"] or info["mismatched_keys"]:
-        names = sorted(str(key) for key in [*info["missing_keys"], *info["mismatched_keys"]])
-        raise ForegateError(
-            f"{path}: the backbone has {len(names)} weights missing or of the wrong shape, first {names[0]}: convert "
-            "the model again"
-        )
+class _OnDemand:
+    """A tensor of the backbone that is read when transformers takes it: a memory map would count as resident."""
+
+    def __init__(self, entry: TensorEntry) -> None:
+        self._entry = entry
+
+    def __getitem__(self, everything: object) -> torch.Tensor:
+        return self._entry.read()
+
+
+def _build_backbone(store: Store, architecture: Architecture) -> PreTrainedModel:
+    weights = {name: _OnDemand(entry) for name, entry in read_header(store.backbone_path).items()}
+    try:
+        with _BUILDING, _quiet(), streamed_experts(architecture.expert_classes):
+            model, info = type(architecture.model).from_pretrained(
+                None,
+                config=architecture.model.config,
+                state_dict=weights,
+                dtype=torch.float32,
+                output_loading_info=True,
+            )
+    except RuntimeError as error:
+        raise _backbone_error(store.path, first_line(error)) from None
+    if info["missing_keys"]:
+        names = sorted(info["missing_keys"])
+        raise _backbone_error(store.path, f"{len(names)} weights are missing, first {names[0]}")
+    if (store.path / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(store.path, local_files_only=True)
+    model.name_or_path = str(store.path)
     return model.eval()
+
+
+def _backbone_error(path: Path, what: str) -> ForegateError:
+    return ForegateError(f"{path}: the backbone does not fit config.json ({what}): convert the model again")
 
 
 def _connect(model: PreTrainedModel, store: Store, engine: Engine) -> None:

@@ -1,0 +1,1 @@
+"""Training of Foregate's two demo Mixture-of-Experts language models from scratch."""

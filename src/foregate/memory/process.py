@@ -1,0 +1,26 @@
+"""This process's memory as the kernel counts it."""
+
+import ctypes
+import gc
+import resource
+from pathlib import Path
+
+
+def peak_memory_bytes() -> int:
+    """The most memory this process ever held resident, in bytes.
+
+    From the process's own high-water mark: `getrusage` would count what a parent held before it started us.
+    """
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return int(next(line for line in lines if line.startswith("VmHWM")).split()[1]) * 1024
+    except (OSError, StopIteration):
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def return_unused_memory() -> None:
+    """Give memory that is no longer used back to the system, where the C library can."""
+    gc.collect()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
