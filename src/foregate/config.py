@@ -39,10 +39,10 @@ class DemoConfig:
 
     model: str = "demo/mixtral-tiny"
     store: str = "build/demo.store"
-    prompt: str = "In the beginning"
+    prompt: str = "And the LORD said unto Moses,"
     max_new_tokens: int = 200
     threads: int = 1  # its matrices are too small to share
-    temperature: float = 0.7
+    temperature: float = 0.6
     top_p: float = 0.95
     seed: int = 7
 
