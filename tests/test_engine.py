@@ -100,6 +100,33 @@ def test_after_a_read_error_the_model_goes_on(store: Folder, monkeypatch: pytest
     model.foregate.close()
 
 
+def test_after_a_disk_that_hangs_the_model_goes_on(store: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = foregate.load(store("mixtral"), memory="50%")
+    expected, real, answer = logits(model, IDS), os.preadv, threading.Event()
+
+    def hang(fd: int, buffers: list[memoryview], offset: int) -> int:
+        answer.wait(30)
+        return real(fd, buffers, offset)
+
+    monkeypatch.setattr(disk, "WAIT_SECONDS", 0.2)
+    monkeypatch.setattr(disk.os, "preadv", hang)
+    with pytest.raises(ForegateError, match="no answer from the disk"):
+        model.foregate._empty_slots()  # nothing is resident: the next layer must read
+        logits(model, IDS)
+    monkeypatch.setattr(disk.os, "preadv", real)
+    monkeypatch.setattr(disk, "WAIT_SECONDS", 60.0)
+    answer.set()
+    assert torch.equal(logits(model, IDS), expected)
+    model.foregate.close()
+
+
+def test_a_closed_model_says_so(store: Folder) -> None:
+    model = foregate.load(store("mixtral"), memory="50%")
+    model.foregate.close()
+    with pytest.raises(ForegateError, match="was closed"):
+        logits(model, IDS)
+
+
 def test_two_threads_may_use_one_model(store: Folder) -> None:
     model = foregate.load(store("mixtral"), memory="25%")
     expected, results = logits(model, IDS), []

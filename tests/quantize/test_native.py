@@ -58,10 +58,10 @@ def test_threads_do_not_change_a_byte(name, bits):
 
 def test_without_the_library_pytorch_quantizes_and_says_so(monkeypatch):
     monkeypatch.setattr(cpu, "why_not", lambda: "no compiler was found")
-    native.library.cache_clear()
+    native.load_library.cache_clear()
     try:
         with pytest.warns(RuntimeWarning, match="with PyTorch: no compiler was found"):
             matrix = quantizer("refit").quantize(weights(4, 130), 3)
     finally:
-        native.library.cache_clear()
+        native.load_library.cache_clear()
     assert (matrix.dequantize() - weights(4, 130)).norm() < 0.2 * weights(4, 130).norm()

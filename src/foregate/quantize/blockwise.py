@@ -50,7 +50,7 @@ class BlockQuantizer(Quantizer):
 
     def planes(self, problem: Problem, base: float | None = None) -> dict[str, torch.Tensor]:
         """The planes of a problem's weight; `base` overrides the one that fits the weight."""
-        library = native.library()
+        library = native.load_library()
         if base is None:
             base = native.base(library, problem) if library else greatest_scale(problem.weight, problem.bits)
         if base == 0:

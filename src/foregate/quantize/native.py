@@ -17,7 +17,7 @@ _METHODS = {"rtn": 0, "hqq": 1, "refit": 2}  # enum class Method
 
 
 @cache
-def library() -> ctypes.CDLL | None:
+def load_library() -> ctypes.CDLL | None:
     """The native library with its quantizers declared; None, after a warning, where there is none."""
     from foregate.kernels import cpu  # not above: kernels build on the store, and the store on this package
 
