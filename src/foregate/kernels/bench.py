@@ -24,6 +24,8 @@ SHAPES = {  # (rows, cols) of an expert's first matrix without its gate half
 }
 TURNS_BYTES = 256 << 20  # of matrices that take turns: beyond every cache
 READ_BYTES = 512 << 20  # of the plain read that measures bandwidth
+BURST = 8  # calls timed together, as a decode step makes them
+SETTLE = 2  # calls before a burst: threads of the call measured before still spin, cores wake up
 
 
 @dataclass(frozen=True)
@@ -113,7 +115,7 @@ def _in_turn(items: list, call: Callable) -> Callable[[int], object]:
 def _measure(
     calls: dict[tuple[str, int, int], Callable[[int], object]], repeats: int
 ) -> tuple[float, dict[tuple[str, int, int], list[float]]]:
-    """Every call once per round, after a round to warm up; milliseconds. Also the bandwidth of a plain read, GB/s."""
+    """A burst of every call per round, after a round to warm up; milliseconds a call. Also the bandwidth of a plain read, GB/s."""
     block = torch.ones(READ_BYTES // 4)
     times: dict[tuple[str, int, int], list[float]] = {key: [] for key in calls}
     reads = []
@@ -125,6 +127,10 @@ def _measure(
 
 
 def _milliseconds(call: Callable[[int], object], turn: int) -> float:
+    first = turn * (SETTLE + BURST)
+    for index in range(first, first + SETTLE):
+        call(index)
     start = time.perf_counter()
-    call(turn)
-    return 1000 * (time.perf_counter() - start)
+    for index in range(first + SETTLE, first + SETTLE + BURST):
+        call(index)
+    return 1000 * (time.perf_counter() - start) / BURST
