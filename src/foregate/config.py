@@ -8,7 +8,8 @@ class ConvertConfig:
     """How a checkpoint becomes a store."""
 
     bits: int = 16  # bits per expert weight; 16 keeps the checkpoint's own precision
-    quantizer: str = "refit"  # for 8, 4, 3 and 2 bits
+    quantizer: str | None = None  # for 8, 4, 3 and 2 bits; None is the best one, with a trace or without
+    backbone_bits: int = 16  # bits per weight of attention, shared experts and dense layers; 16 as above
 
 
 @dataclass(frozen=True)
@@ -53,3 +54,14 @@ class EvaluateConfig:
 
     window: int = 512
     stride: int = 256
+
+
+@dataclass(frozen=True)
+class TraceConfig:
+    """How a text is cut for a trace."""
+
+    window: int = 512  # tokens of a sequence, special tokens at its start included
+    max_tokens: int = 0  # over all texts; 0 is no limit
+    generate: int = 0  # tokens the model writes itself after the first half of each window
+    seed: int = 0  # of what it writes
+    journal_seconds: float = 20.0  # between notes of what is on disk for good

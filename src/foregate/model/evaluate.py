@@ -48,8 +48,10 @@ def evaluate(
     tokens before it. A tokenizer that begins texts with a special token does so at the start of every window. Raises
     ForegateError when the file is unreadable, not UTF-8 or empty, or the window does not suit the model.
     """
-    _check_window(model, window, stride)
-    text = _read(file)
+    check_window(model, window)
+    if not 1 <= stride < window:
+        raise ForegateError(f"--stride {stride}: from 1 to below the window of {window} tokens is needed")
+    text = read_text(file)
     ids = torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
     prefix = torch.tensor(tokenizer("")["input_ids"], dtype=ids.dtype)
     if len(prefix) + len(ids) < 2:
@@ -74,7 +76,8 @@ def _windows(tokens: int, length: int, stride: int) -> Iterator[tuple[int, int, 
         first, end = end, min(end + stride, tokens)
 
 
-def _read(file: Path) -> str:
+def read_text(file: Path) -> str:
+    """A text file's content. Raises ForegateError when it is unreadable, not UTF-8 or empty."""
     try:
         text = file.read_bytes().decode()
     except OSError as error:
@@ -82,13 +85,12 @@ def _read(file: Path) -> str:
     except UnicodeDecodeError as error:
         raise ForegateError(f"{file} is not UTF-8 text (byte {error.start}): convert it first") from None
     if not text:
-        raise ForegateError(f"{file} is empty: give a text to evaluate on")
+        raise ForegateError(f"{file} is empty: give a file with text")
     return text
 
 
-def _check_window(model: PreTrainedModel, window: int, stride: int) -> None:
+def check_window(model: PreTrainedModel, window: int) -> None:
+    """Raise ForegateError when the model's context does not hold `window` tokens."""
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if limit and window > limit:
         raise ForegateError(f"--window {window} is longer than the model's context of {limit} tokens")
-    if not 1 <= stride < window:
-        raise ForegateError(f"--stride {stride}: from 1 to below the window of {window} tokens is needed")

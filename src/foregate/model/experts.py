@@ -3,11 +3,39 @@
 import contextlib
 import sys
 from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from foregate.engine import Engine
+
+
+class ExpertsCall(NamedTuple):
+    """What an experts module is called with, by position or name."""
+
+    hidden: torch.Tensor  # [tokens, hidden]
+    chosen: torch.Tensor  # [tokens, k]: indices of experts; one outside their range is no expert
+
+
+def experts_call(args: tuple, kwargs: dict[str, Any]) -> ExpertsCall:
+    """Hidden states and choice in the arguments of a call through the experts interface."""
+    names = ("hidden_states", "top_k_index", "top_k_weights")
+    values = dict(zip(names, args, strict=False)) | kwargs
+    hidden, chosen = values["hidden_states"], values["top_k_index"]
+    return ExpertsCall(hidden.reshape(-1, hidden.shape[-1]), chosen.reshape(-1, chosen.shape[-1]))
+
+
+@contextlib.contextmanager
+def silent_experts(modules: list[nn.Module]) -> Iterator[None]:
+    """While this context lasts these experts add nothing, and nothing is read for them."""
+    try:
+        for module in modules:
+            module.forward = lambda hidden_states, *args, **kwargs: torch.zeros_like(hidden_states)
+        yield
+    finally:
+        for module in modules:
+            module.__dict__.pop("forward", None)
 
 
 class StreamedExperts:
