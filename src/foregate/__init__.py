@@ -11,12 +11,20 @@ from foregate.errors import ForegateError
 if TYPE_CHECKING:
     from foregate.checkpoint.convert import convert
     from foregate.checkpoint.verify import verify
+    from foregate.lookahead.align import align
+    from foregate.lookahead.evaluate import evaluate_gates
     from foregate.model.loading import load
 
 __version__ = "0.1.0"
-__all__ = ["ForegateError", "__version__", "convert", "load", "verify"]
+__all__ = ["ForegateError", "__version__", "align", "convert", "evaluate_gates", "load", "verify"]
 
-_HOMES = {"convert": "checkpoint.convert", "load": "model.loading", "verify": "checkpoint.verify"}
+_HOMES = {
+    "align": "lookahead.align",
+    "convert": "checkpoint.convert",
+    "evaluate_gates": "lookahead.evaluate",
+    "load": "model.loading",
+    "verify": "checkpoint.verify",
+}
 
 
 def __getattr__(name: str) -> Any:

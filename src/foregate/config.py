@@ -65,3 +65,30 @@ class TraceConfig:
     generate: int = 0  # tokens the model writes itself after the first half of each window
     seed: int = 0  # of what it writes
     journal_seconds: float = 20.0  # between notes of what is on disk for good
+
+
+@dataclass(frozen=True)
+class AlignConfig:
+    """How lookahead gates are trained."""
+
+    horizon: int = 3  # MoE layers ahead
+    width: int | None = None  # of each gate's MLP; None: as wide as `share` allows
+    share: float = 0.05  # of the backbone's parameters, learned over all gates
+    max_width: int = 256
+    max_tokens: int = 250_000  # of the trace; 0 is no limit
+    epochs: int = 6
+    batch: int = 512  # tokens a step
+    least_batch: int = 32  # a short trace gets smaller steps, down to this size,
+    least_steps: int = 40  # until an epoch has so many
+    learning_rate: float = 6e-3
+    device: str = "cpu"  # that trains: cpu, cuda, or auto for cuda where there is one
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class EvaluateGatesConfig:
+    """How lookahead gates are judged."""
+
+    max_tokens: int = 20_000  # of texts; a trace is used whole
+    thresholds: tuple[float, ...] = (0.5, 0.8)  # probabilities from which an expert counts as foreseen for sure
+    bins: int = 10  # of probability, for the calibration

@@ -208,17 +208,6 @@ def test_disk_that_fills_up_during_conversion_leaves_nothing_half_written(
     assert not list(small_disk.iterdir())
 
 
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Path:
-    """A file system of 1 MiB, mounted for the test."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", folder], capture_output=True).returncode:
-        pytest.skip("mounting a small file system needs root")
-    yield folder
-    subprocess.run(["umount", folder], check=True)
-
-
 def write_large_mixtral(folder: Path, layers: int, experts: int, hidden: int, inner: int) -> int:
     """A random bf16 Mixtral checkpoint, one shard a layer, written without holding the model; bytes of a MoE layer."""
     from safetensors.torch import save_file

@@ -67,6 +67,20 @@ def test_rows_are_what_transformers_computes(plan: TracePlan, checkpoint: Folder
             assert torch.equal(trace.expert_inputs(index)[rows], trace.inputs(index)[rows])
 
 
+def test_embeddings_and_routers_are_the_models(plan: TracePlan, checkpoint: Folder, tmp_path: Path) -> None:
+    trace = Trace(record_trace(plan, tmp_path / "trace"))
+    reference = auto_class(tiny_config("mixtral")).from_pretrained(checkpoint("mixtral"), dtype=torch.float32)
+    table = reference.model.embed_tokens.weight.detach()
+    assert torch.equal(trace.embeddings, table[trace.tokens.long()].to(torch.bfloat16))
+    for index, layer in enumerate(reference.model.layers):
+        router = trace.router(index)
+        assert torch.equal(router.weight, layer.mlp.gate.weight.detach())
+        assert torch.allclose(router.gain, layer.post_attention_layernorm.weight.detach(), rtol=1e-4)
+        assert router.bias is None
+    experts = sum(p.numel() for name, p in reference.named_parameters() if ".experts." in name)
+    assert trace.header.backbone_parameters == sum(p.numel() for p in reference.parameters()) - experts
+
+
 def test_texts_take_turns_in_windows_without_overlap(
     plan: TracePlan, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
 ) -> None:
@@ -157,9 +171,13 @@ def test_unfinished_work_is_neither_mixed_nor_lost(
 
 def test_the_announced_size_is_the_size_on_disk(plan: TracePlan, tmp_path: Path) -> None:
     path = record_trace(plan, tmp_path / "trace")
-    files = [file for file in path.iterdir() if file.name != "trace.json"]
-    assert sum(file.stat().st_size for file in files) == plan.nbytes
-    assert plan.nbytes == 160 * (4 + 3 * (2 * 64 + 2 * 8 + 2 * 2))
+    sizes = {file.name: file.stat().st_size for file in path.iterdir()}
+    routers, header = sizes.pop("routers.safetensors"), sizes.pop("trace.json")
+    assert header
+    assert sum(sizes.values()) == 160 * (4 + 2 * 64 + 3 * (2 * 64 + 2 * 8 + 2 * 2))
+    known = 3 * 4 * (8 * 64 + 64)  # weight and gain
+    assert plan.nbytes == sum(sizes.values()) + known
+    assert known < routers < known + 1024
 
 
 def test_lack_of_space_is_said_before_anything_is_written(plan: TracePlan, small_disk: Path) -> None:
@@ -225,7 +243,7 @@ def test_the_command_announces_the_size_and_records(
         main()
     assert not stopped.value.code
     out = capsys.readouterr().out
-    assert "64 tokens in 4 sequences, 3 MoE layers: the trace will take 0.0 MiB (448 bytes a token)" in out
+    assert "64 tokens in 4 sequences, 3 MoE layers: the trace will take 0.0 MiB (576 bytes a token)" in out
     assert Trace(tmp_path / "trace").num_tokens == 64
     with pytest.raises(SystemExit) as stopped:
         main()

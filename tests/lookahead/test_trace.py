@@ -75,7 +75,9 @@ def test_folders_that_are_no_trace(tmp_path: Path) -> None:
         Trace(tmp_path)
 
 
-@pytest.mark.parametrize("name", ["tokens.i32", "inputs-001.bf16", "scores-000.bf16", "chosen-002.i16"])
+@pytest.mark.parametrize(
+    "name", ["tokens.i32", "embeddings.bf16", "inputs-001.bf16", "scores-000.bf16", "chosen-002.i16"]
+)
 def test_files_cut_short_or_missing(copy: Path, name: str) -> None:
     with (copy / name).open("r+b") as file:
         file.truncate(10)
@@ -83,6 +85,16 @@ def test_files_cut_short_or_missing(copy: Path, name: str) -> None:
         Trace(copy)
     (copy / name).unlink()
     with pytest.raises(ForegateError, match=f"{name} is damaged: it is missing"):
+        Trace(copy)
+
+
+def test_routers_cut_short_or_missing(copy: Path) -> None:
+    file = copy / "routers.safetensors"
+    file.write_bytes(file.read_bytes()[:100])
+    with pytest.raises(ForegateError, match="routers.safetensors is damaged: the router of .* cannot be read"):
+        Trace(copy).router(0)
+    file.unlink()
+    with pytest.raises(ForegateError, match="routers.safetensors is damaged: it is missing"):
         Trace(copy)
 
 
@@ -99,6 +111,8 @@ def test_files_cut_short_or_missing(copy: Path, name: str) -> None:
         {"sequences": [[0, 0, 0], [0, 32, 0]]},
         {"texts": None},
         {"surprise": 1},
+        {"embedding_size": 0},
+        {"backbone_parameters": None},
     ],
 )
 def test_damaged_headers(copy: Path, change: dict[str, Any]) -> None:

@@ -44,7 +44,7 @@ def test_stored_hqq_and_refit_against_the_library(kind, bits):
         name: relative_error(quantizer(name).quantize(weight, bits).dequantize(), weight) for name in ("hqq", "refit")
     }
     assert stored["hqq"] < 1.04 * library
-    assert stored["refit"] < {4: 0.97, 3: 0.95, 2: 0.92}[bits] * library
+    assert stored["refit"] < {4: 0.97, 3: 0.96, 2: 0.95}[bits] * library
 
 
 def library_error(weight: torch.Tensor, bits: int, metadata: torch.dtype) -> float:

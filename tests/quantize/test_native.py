@@ -30,11 +30,13 @@ def test_native_agrees_with_the_reference(name, bits, shape, weighted):
     importance = torch.rand(shape[1], generator=torch.Generator().manual_seed(1)) if weighted else None
     method = quantizer(name)
     found = method.quantize(weight, bits, importance)
-    problem = prepare(weight, bits, importance if method.uses_importance else None, "test")
-    expected = QuantizedMatrix(bits, *shape, method.reference_planes(problem, greatest_scale(problem.weight, bits)))
-    assert torch.equal(found.planes["base"], expected.planes["base"])
+    problem = prepare(weight, bits, importance if method.uses_inputs else None, "test")
+    reference = method.reference(problem, greatest_scale(problem.weight, bits))
+    expected = QuantizedMatrix(bits, *shape, reference.keep_norm() if method.keeps_norm else reference.planes)
+    assert float(found.planes["base"]) == pytest.approx(float(expected.planes["base"]), rel=1e-4)
     restored = expected.dequantize()
-    different = (found.dequantize() != restored).float().mean()
+    # Stored values differ by a step of the scale or more, or by rounding alone.
+    different = ((found.dequantize() - restored).abs() > 1e-3 * restored.abs()).float().mean()
     assert different <= (0.25 if name == "hqq" else 0.02)
     h = 1 if problem.importance is None else problem.importance
     a, b = (float((h * (w - weight) ** 2).sum()) for w in (found.dequantize(), restored))

@@ -151,3 +151,14 @@ def test_importance_moves_error_to_unimportant_columns(bits):
     assert weighted[::4].sum() < 0.75 * plain[::4].sum()
     same = quantizer("refit").quantize(weight, bits, torch.full((512,), 7.0)).dequantize()
     assert torch.equal(same, quantizer("refit").quantize(weight, bits).dequantize())
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_refit_keeps_the_norm(bits):
+    """Products of quantized matrices would shrink otherwise; with an importance it is the weighted norm."""
+    weight = random_matrix(0, 16, 500)
+    importance = torch.rand(500, generator=torch.Generator().manual_seed(1))
+    for chosen in (None, importance):
+        h = torch.ones(500) if chosen is None else chosen
+        restored = quantizer("refit").quantize(weight, bits, chosen).dequantize()
+        assert float((h * restored**2).sum() / (h * weight**2).sum()) == pytest.approx(1, rel=1e-4)

@@ -6,6 +6,10 @@ top_k_weights [T, k]). Foregate supports exactly the families behind it and keep
 """
 
 import contextlib
+import functools
+import inspect
+import re
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -28,6 +32,7 @@ TOP_K_NAMES = (
     "top_k",
 )
 AUTO_CLASSES = (AutoModelForCausalLM, AutoModelForImageTextToText)  # the second for families that also see
+LEAST_OUTPUTS = 32  # a linear module with fewer is a gate: nothing to gain, and precision to lose
 
 
 @dataclass(frozen=True)
@@ -78,6 +83,93 @@ def inspect_architecture(config: PretrainedConfig) -> Architecture:
     if len(set(params)) < len(params):
         raise ForegateError(f"{name} is not supported: two parts of the model share the same experts")
     return Architecture(model, tuple(_describe(model, path, module) for path, module in found))
+
+
+@dataclass(frozen=True)
+class BackboneMatrices:
+    """The linear modules of the decoder layers, by path: attention, shared experts, dense layers."""
+
+    shapes: dict[str, tuple[int, int]]  # those that can be quantized -> [out, in]
+    kept: tuple[
+        str, ...
+    ]  # those that cannot: the family's code reads their weights itself, or several modules share them
+
+
+def backbone_matrices(architecture: Architecture) -> BackboneMatrices:
+    """Which matrices of the backbone may be quantized.
+
+    Not among them: what lies outside the decoder layers (embeddings, head, vision towers), routers and small gates.
+    """
+    model = architecture.model
+    uses = Counter(id(param) for _, param in model.named_parameters(remove_duplicate=False))
+    shapes, kept = {}, []
+    for path, module in _decoder_modules(architecture):
+        if type(module).forward is not nn.Linear.forward or module.out_features < LEAST_OUTPUTS:
+            continue
+        if _looks_like_router(architecture, path, module):
+            continue
+        if uses[id(module.weight)] > 1 or _weight_is_read(model, path):
+            kept.append(path)
+        else:
+            shapes[path] = (module.out_features, module.in_features)
+    return BackboneMatrices(shapes, tuple(kept))
+
+
+def _looks_like_router(architecture: Architecture, path: str, module: nn.Linear) -> bool:
+    """Whether a linear module beside a layer's experts has one output for each of them."""
+    return any(
+        module.out_features == layer.num_experts and path.startswith(layer.name.rpartition(".")[0] + ".")
+        for layer in architecture.layers
+    )
+
+
+def _decoder_modules(architecture: Architecture) -> list[tuple[str, nn.Module]]:
+    """All modules of the decoder layers but the routers' own: a list of layers is a decoder if one of them has experts."""
+    model = architecture.model
+    recorded = tuple(f"{path}." for path in _router_paths(model))
+    routers = tuple(prefix for prefix in recorded if not any(n.name.startswith(prefix) for n in architecture.layers))
+    stacks = tuple({f"{_stack(model, layer.name)}." for layer in architecture.layers})
+    return [
+        (path, module)
+        for path, module in model.named_modules()
+        if path.startswith(stacks) and not f"{path}.".startswith(routers)
+    ]
+
+
+def _stack(model: nn.Module, path: str) -> str:
+    """The outermost list of modules on the way to `path`: the decoder's layers."""
+    parts = path.split(".")
+    prefixes = (".".join(parts[:depth]) for depth in range(1, len(parts)))
+    return next((prefix for prefix in prefixes if isinstance(model.get_submodule(prefix), nn.ModuleList)), path)
+
+
+def _router_paths(model: nn.Module) -> list[str]:
+    """The modules that a family names as the source of its router's logits: by class, some by a part of the path too."""
+    sources: set[tuple[type[nn.Module], str]] = set()
+    for module in model.modules():
+        recorded = (getattr(module, "_can_record_outputs", None) or {}).get("router_logits", [])
+        for entry in recorded if isinstance(recorded, list) else [recorded]:
+            sources.add((getattr(entry, "target_class", entry), getattr(entry, "layer_name", None) or ""))
+    return [
+        path
+        for path, module in model.named_modules()
+        if any(isinstance(module, cls) and f".{part}.".replace("..", ".") in f".{path}." for cls, part in sources)
+    ]
+
+
+def _weight_is_read(model: nn.Module, path: str) -> bool:
+    """Whether the code around a module uses its weight without calling the module."""
+    parts = path.split(".")
+    pattern = re.compile(rf"\b{re.escape(parts[-1])}\.weight\b")
+    parents = (model.get_submodule(".".join(parts[:depth])) for depth in range(1, len(parts)))
+    around = {type(parent) for parent in parents if not isinstance(parent, PreTrainedModel)}
+    return any(pattern.search(_source(base)) for cls in around for base in cls.__mro__)
+
+
+@functools.cache
+def _source(cls: type) -> str:
+    """The source of a class; empty for those of PyTorch and Python, which know no family's modules."""
+    return "" if cls.__module__.partition(".")[0] in ("torch", "builtins") else inspect.getsource(cls)
 
 
 def auto_class(config: PretrainedConfig) -> type:

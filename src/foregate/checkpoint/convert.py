@@ -4,10 +4,8 @@ All work happens in `DST.partial`, whose journal records every finished layer: a
 where it stopped. The folder gets its final name in one step at the end, so a store is complete or not there at all.
 """
 
-import errno
 import hashlib
 import json
-import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -16,26 +14,29 @@ import torch
 
 from foregate import __version__
 from foregate.checkpoint.architecture import Architecture, ExpertsModule, inspect_architecture
+from foregate.checkpoint.backbone import BACKBONE_BITS, BackboneJob
+from foregate.checkpoint.calibration import Calibration, quantize_expert
 from foregate.checkpoint.expert_reader import ExpertReader
 from foregate.checkpoint.source import STORE_MANIFEST, Checkpoint, open_checkpoint
 from foregate.checkpoint.store import (
-    BACKBONE_FILE,
     EXPERTS_FILE,
     FORMAT_VERSION,
+    UNQUANTIZED,
     LayerInfo,
     Manifest,
     RecordLayout,
     Weight,
     experts_header,
 )
-from foregate.checkpoint.tensors import build_header, write_all
-from foregate.checkpoint.workspace import Workspace
+from foregate.checkpoint.tensors import write_all
+from foregate.checkpoint.workspace import Workspace, check_destination, io_error
 from foregate.config import ConvertConfig
 from foregate.errors import ForegateError
-from foregate.quantize.matrix import BITS
-from foregate.quantize.registry import quantizer as quantizer_by_name
+from foregate.lookahead.trace import Trace
+from foregate.quantize.base import Quantizer
+from foregate.quantize.matrix import BITS, QuantizedMatrix
+from foregate.quantize.registry import UNCALIBRATED, choose_quantizer
 
-UNQUANTIZED = 16
 Progress = Callable[[int, int], None]  # (bytes done, bytes in all)
 
 
@@ -44,91 +45,122 @@ def convert(
     destination: str | Path,
     *,
     bits: int = ConvertConfig.bits,
-    quantizer: str = ConvertConfig.quantizer,
+    quantizer: str | None = ConvertConfig.quantizer,
+    backbone_bits: int = ConvertConfig.backbone_bits,
+    trace: str | Path | None = None,
     progress: Progress | None = None,
 ) -> Path:
     """Convert the checkpoint `source` (folder or hub id) into a store at `destination`; returns its path.
 
-    bits: 16 keeps the checkpoint's own precision; 8, 4, 3 and 2 quantize the experts' matrices with `quantizer`. Peak
-    memory is a few experts beside the libraries, whatever the model's size. Run again after an interruption, it resumes.
+    bits: 16 keeps the checkpoint's own precision; 8, 4, 3 and 2 quantize the experts' matrices with `quantizer`.
+    backbone_bits: 8 and 4 quantize the linear modules of the decoder layers too, routers and small gates excepted.
+    quantizer: None for the best there is: "refit", or "gptq" with a trace. trace: folder of a trace of this model, by
+    whose inputs the experts' errors are weighted. Peak memory is a few experts beside the libraries, whatever the
+    model's size. Run again after an interruption, it resumes.
     Raises ForegateError on input it cannot convert, an existing destination, or lack of disk space.
     """
     if bits not in (UNQUANTIZED, *BITS):
         raise ForegateError(f"--bits {bits}: choose 16 (the checkpoint's own precision), 8, 4, 3 or 2")
-    destination = Path(destination).expanduser().absolute()
+    if backbone_bits not in BACKBONE_BITS:
+        raise ForegateError(f"--backbone-bits {backbone_bits}: choose 16 (the checkpoint's own precision), 8 or 4")
     try:
-        if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
-            raise ForegateError(f"{destination} exists already: remove it or name another destination")
+        destination = check_destination(destination)
     except OSError as error:
-        raise _io_error(error, destination) from None
+        raise io_error(error, Path(destination), "convert to") from None
+    if trace is not None and bits == UNQUANTIZED:
+        raise ForegateError("--trace changes how experts are quantized: name --bits 8, 4, 3 or 2, or leave it out")
+    chosen = choose_quantizer(quantizer, calibrated=trace is not None)
     checkpoint = open_checkpoint(source)
     architecture = inspect_architecture(checkpoint.config)
+    calibration = None if trace is None else Calibration(Trace(trace), architecture.layers)
     reader = ExpertReader(checkpoint, architecture)
-    job = _Job(checkpoint, architecture, reader, ExpertEncoder(bits, quantizer))
+    backbone = BackboneJob(reader, backbone_bits, UNCALIBRATED if chosen.needs_inputs else chosen.name)
+    encoder = ExpertEncoder(bits, chosen, architecture, calibration)
+    job = _Job(checkpoint, architecture, reader, encoder, backbone)
     try:
         with Workspace(destination, job.fingerprint, job.output_bytes) as work:
             job.run(work, progress or (lambda done, total: None))
             work.publish()
     except OSError as error:
-        raise _io_error(error, destination) from None
+        raise io_error(error, destination, "convert to") from None
     return destination
 
 
 class ExpertEncoder:
     """What becomes of an expert's parameters on their way into the record."""
 
-    def __init__(self, bits: int, quantizer: str) -> None:
+    def __init__(
+        self, bits: int, quantizer: Quantizer, architecture: Architecture, calibration: Calibration | None
+    ) -> None:
         self.bits = bits
-        self.name = "none" if bits == UNQUANTIZED else quantizer
-        self._quantizer = quantizer_by_name(quantizer)
+        self.name = "none" if bits == UNQUANTIZED else quantizer.name
+        self.info = calibration.info if calibration else None
+        self._quantizer, self._architecture, self._calibration = quantizer, architecture, calibration
 
-    def encode(self, params: dict[str, torch.Tensor], where: str) -> dict[str, Weight]:
-        """Matrices quantized, biases as they are. Raises ForegateError naming `where` for weights that are not finite."""
-        if self.bits == UNQUANTIZED:
-            return dict(params)
+    def layout(self, params: dict[str, torch.Tensor]) -> RecordLayout:
+        """The layout of the records of experts whose parameters are like these."""
+        return RecordLayout.of(
+            {
+                name: param if self._keeps(param) else QuantizedMatrix.outline(self.bits, *param.shape)
+                for name, param in params.items()
+            }
+        )
+
+    def encode(self, params: dict[str, torch.Tensor], layer: ExpertsModule, expert: int) -> dict[str, Weight]:
+        """Matrices quantized, biases as they are. Raises ForegateError, naming them, for weights that are not finite."""
+        where = f"expert {expert} of {layer.name}"
+        if self._calibration:
+            experts = self._architecture.model.get_submodule(layer.name)
+            inputs = self._calibration.inputs(layer, expert)
+            return quantize_expert(params, experts, inputs, self._quantizer, self.bits, where)
         return {
-            name: self._quantizer.quantize(param, self.bits, name=f"{name} of {where}") if param.dim() == 2 else param
+            name: param if self._keeps(param) else self._quantizer.quantize(param, self.bits, name=f"{name} of {where}")
             for name, param in params.items()
         }
+
+    def _keeps(self, param: torch.Tensor) -> bool:
+        return self.bits == UNQUANTIZED or param.dim() != 2
 
 
 class _Job:
     """One conversion: what will be written is known before the first byte is."""
 
     def __init__(
-        self, checkpoint: Checkpoint, architecture: Architecture, reader: ExpertReader, encoder: ExpertEncoder
+        self,
+        checkpoint: Checkpoint,
+        architecture: Architecture,
+        reader: ExpertReader,
+        encoder: ExpertEncoder,
+        backbone: BackboneJob,
     ) -> None:
+        self.backbone = backbone
         self.checkpoint, self.architecture, self.reader, self.encoder = checkpoint, architecture, reader, encoder
         self.layers = tuple(
-            LayerInfo(layer.name, layer.num_experts, layer.top_k, RecordLayout.of(self._expert(layer, 0)))
+            LayerInfo(layer.name, layer.num_experts, layer.top_k, encoder.layout(reader.read(layer, 0)))
             for layer in architecture.layers
         )
         self.experts_header = experts_header(self.layers)
         self.experts_bytes = len(self.experts_header) + sum(n.num_experts * n.layout.nbytes for n in self.layers)
-        entries = [checkpoint.tensors[key] for key in reader.backbone]
-        self.backbone_header = build_header({e.name: (e.dtype, e.shape, e.nbytes) for e in entries})
-        self.backbone_bytes = len(self.backbone_header) + sum(entry.nbytes for entry in entries)
 
     @property
     def output_bytes(self) -> int:
-        return self.experts_bytes + self.backbone_bytes
+        return self.experts_bytes + self.backbone.output_bytes
 
     @property
     def fingerprint(self) -> str:
         """Changes whenever a resumed conversion would not continue the same work."""
         files = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in self.checkpoint.weight_files()]
         facts = [FORMAT_VERSION, __version__, self.encoder.bits, self.encoder.name, str(self.checkpoint.path), files]
-        headers = self.experts_header + self.backbone_header
+        facts += [self.backbone.bits, self.backbone.quantizer_name, self.encoder.info and self.encoder.info.to_dict()]
+        headers = self.experts_header + self.backbone.rest_header + self.backbone.matrices_header
         return hashlib.sha256(json.dumps(facts).encode() + headers).hexdigest()
 
     def run(self, work: Workspace, progress: Progress) -> None:
         """Do what the journal says is still to do."""
         self._copy_side_files(work)
         work.allocate(EXPERTS_FILE, self.experts_bytes)
-        work.allocate(BACKBONE_FILE, self.backbone_bytes)
-        if work.backbone_checksum is None:
-            work.backbone_finished(self._write_backbone(work, lambda n: progress(n, self.output_bytes)))
-        done = self.backbone_bytes + len(self.experts_header)
+        self.backbone.run(work, lambda n: progress(n, self.output_bytes))
+        done = self.backbone.output_bytes + len(self.experts_header)
         for index, layer in enumerate(self.layers):
             if index >= len(work.layer_checksums):
                 advance = partial(lambda start, n: progress(start + n, self.output_bytes), done)
@@ -136,18 +168,6 @@ class _Job:
             done += layer.num_experts * layer.layout.nbytes
             progress(done, self.output_bytes)
         work.write(STORE_MANIFEST, self._manifest(work).to_json().encode())
-
-    def _write_backbone(self, work: Workspace, advance: Callable[[int], None]) -> str:
-        checksum, offset = hashlib.sha256(self.backbone_header), len(self.backbone_header)
-        with work.open(BACKBONE_FILE) as fd:
-            write_all(fd, self.backbone_header, 0)
-            for key in self.reader.backbone:
-                for piece in self.checkpoint.tensors[key].chunks():
-                    write_all(fd, piece, offset)
-                    checksum.update(piece)
-                    offset += len(piece)
-                    advance(offset)
-        return checksum.hexdigest()
 
     def _write_layer(self, work: Workspace, index: int, advance: Callable[[int], None]) -> list[str]:
         info, module = self.layers[index], self.architecture.layers[index]
@@ -164,7 +184,7 @@ class _Job:
         return checksums
 
     def _expert(self, layer: ExpertsModule, expert: int) -> dict[str, Weight]:
-        return self.encoder.encode(self.reader.read(layer, expert), f"expert {expert} of {layer.name}")
+        return self.encoder.encode(self.reader.read(layer, expert), layer, expert)
 
     def _copy_side_files(self, work: Workspace) -> None:
         for file in self.checkpoint.side_files():
@@ -182,19 +202,15 @@ class _Job:
             model_type=self.checkpoint.config.model_type,
             bits=self.encoder.bits,
             quantizer=self.encoder.name,
+            calibration=self.encoder.info,
             layers=self.layers,
             checksums=tuple(tuple(sums) for sums in work.layer_checksums),
             backbone_checksum=work.backbone_checksum or "",
-            backbone_bytes=self.backbone_bytes,
+            backbone_bytes=self.backbone.rest_bytes,
+            backbone_bits=self.backbone.bits,
+            backbone_quantizer=self.backbone.quantizer_name,
+            matrices=self.backbone.matrices,
+            matrix_checksums=tuple(work.matrix_checksums),
+            kept_matrices=self.backbone.kept,
             unused_tensors=len(self.reader.unused),
         )
-
-
-def _io_error(error: OSError, destination: Path) -> ForegateError:
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        kept = Workspace.path_for(destination)
-        what = f"finished layers are kept in {kept}: free space and run again" if kept.exists() else "nothing was left"
-        return ForegateError(f"the disk of {destination} is full; {what}")
-    return ForegateError(
-        f"cannot convert to {destination}: {error.filename or 'a file'}: {os.strerror(error.errno or 0)}"
-    )

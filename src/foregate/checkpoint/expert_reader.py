@@ -38,6 +38,7 @@ class ExpertReader:
         self.checkpoint = checkpoint
         self.architecture = architecture
         self.backbone: list[str] = []  # checkpoint keys of everything but the routed experts
+        self.places: dict[str, tuple[str, str | None]] = {}  # backbone key -> parameter, pattern of the conversion
         self.unused: list[str] = []  # keys the text model has no place for (vision towers, extra heads)
         mapping = get_model_conversion_mapping(architecture.model, hf_quantizer=_dequantizer(checkpoint))
         self._renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
@@ -64,7 +65,8 @@ class ExpertReader:
                 if pattern is None:
                     self._check_shape(key, tuple(state[target].shape))
                 self.backbone.append(key)
-                found |= self._all_targets(target, pattern)
+                self.places[key] = (target, pattern)
+                found |= self.targets(target, pattern)
             else:
                 self.unused.append(key)
         self._check_backbone(found, params)
@@ -76,9 +78,9 @@ class ExpertReader:
             target, pattern = rename_source_key(key, [], [], prefix, state)
         return target, pattern
 
-    def _all_targets(self, target: str, pattern: str | None) -> set[str]:
+    def targets(self, target: str, pattern: str | None) -> set[str]:
         """What a checkpoint tensor becomes: one parameter, or several where a conversion splits it."""
-        converter = self._converter(pattern) if pattern else None
+        converter = self.converter(pattern) if pattern else None
         if converter is None:
             return {target}
         return {target.replace(converter.target_patterns[0], name) for name in converter.target_patterns}
@@ -114,7 +116,7 @@ class ExpertReader:
                     )
                 self._check_separable(layer, next(iter(sources)))
                 for pattern, keys in sources.items():
-                    single = not _merges(self._converter(pattern))
+                    single = not _merges(self.converter(pattern))
                     held = self.checkpoint.tensors[keys[0]].shape[0] if single else len(keys)
                     if held != layer.num_experts or (single and len(keys) > 1):
                         raise ForegateError(
@@ -123,7 +125,7 @@ class ExpertReader:
                         )
 
     def _check_separable(self, layer: ExpertsModule, pattern: str) -> None:
-        converter = self._converter(pattern)
+        converter = self.converter(pattern)
         for op in converter.operations if converter else ():
             if not isinstance(op, SEPARABLE):
                 raise ForegateError(
@@ -147,7 +149,7 @@ class ExpertReader:
     def _convert(self, target: str, expert: int) -> torch.Tensor:
         """The part of fused parameter `target` that belongs to `expert`: shape [1, ...]."""
         sources = self._sources[target]
-        converter = self._converter(next(iter(sources)))
+        converter = self.converter(next(iter(sources)))
         if converter is None:
             return self._rows(next(iter(sources.values()))[0], expert)
         merges = _merges(converter)
@@ -163,7 +165,8 @@ class ExpertReader:
         tensor = converted[target]
         return tensor[0] if isinstance(tensor, list) else tensor
 
-    def _converter(self, pattern: str) -> WeightConverter | None:
+    def converter(self, pattern: str) -> WeightConverter | None:
+        """A fresh copy of the conversion that takes tensors of this pattern; None if there is none."""
         for converter in self._converters:
             if pattern in converter.source_patterns:
                 return deepcopy(converter)

@@ -2,7 +2,8 @@
 
 A store is a folder that stays a normal model folder: `config.json`, tokenizer, `model.safetensors` with the backbone
 only. Beside them `experts.safetensors` holds one U8 tensor per expert: its record, padded to 4096 bytes and starting
-at a multiple of 4096, so that one direct read moves one expert; `foregate.json` describes records and checksums.
+at a multiple of 4096, so that one direct read moves one expert; `foregate.json` describes records and checksums. With a
+quantized backbone the matrices of its linear modules lie in `matrices.safetensors`.
 """
 
 import json
@@ -17,10 +18,13 @@ from foregate.checkpoint.tensors import DTYPE_NAMES, DTYPES, build_header, read_
 from foregate.errors import ForegateError
 from foregate.quantize.matrix import PLANES, QuantizedMatrix, plane_shapes
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 1: every backbone is in the checkpoint's own precision
+UNQUANTIZED = 16  # "bits" of weights in the checkpoint's own precision
 ALIGNMENT = 4096  # of records: the unit of direct I/O
+TENSOR_ALIGNMENT = 64  # of the tensors in a record
 BACKBONE_FILE = "model.safetensors"
 EXPERTS_FILE = "experts.safetensors"
+MATRICES_FILE = "matrices.safetensors"
 
 ExpertKey = tuple[int, int]  # (index of the MoE layer, index of the expert in it)
 
@@ -70,13 +74,18 @@ class RecordLayout:
             for tensor_name, tensor in _tensors(name, weight).items():
                 spec = TensorSpec(tensor_name, DTYPE_NAMES[tensor.dtype], tuple(tensor.shape), offset)
                 tensors.append(spec)
-                offset = _round_up(offset + spec.nbytes, 64)
+                offset = _round_up(offset + spec.nbytes, TENSOR_ALIGNMENT)
         return cls(tuple(params), tuple(tensors))
 
     @cached_property
     def nbytes(self) -> int:
         """Bytes of the record, padding included."""
-        return _round_up(max(spec.offset + spec.nbytes for spec in self.tensors), ALIGNMENT)
+        return _round_up(self.packed_bytes, ALIGNMENT)
+
+    @cached_property
+    def packed_bytes(self) -> int:
+        """Bytes of the record up to its last tensor, a multiple of 64."""
+        return _round_up(max(spec.offset + spec.nbytes for spec in self.tensors), TENSOR_ALIGNMENT)
 
     def pack(self, weights: dict[str, Weight]) -> bytearray:
         """The record of an expert. Raises ForegateError when its parameters do not match the layout."""
@@ -127,6 +136,43 @@ class LayerInfo:
 
 
 @dataclass(frozen=True)
+class MatrixInfo:
+    """The weight of one linear module of a quantized backbone."""
+
+    module: str  # path in the transformers model
+    shape: tuple[int, int]  # [out, in]
+    bits: int
+
+    @cached_property
+    def layout(self) -> RecordLayout:
+        """Its record: the planes of the one parameter "weight"."""
+        return RecordLayout.of({"weight": QuantizedMatrix.outline(self.bits, *self.shape)})
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its record, a multiple of 64."""
+        return self.layout.packed_bytes
+
+
+@dataclass(frozen=True)
+class CalibrationInfo:
+    """The trace that the experts were quantized with."""
+
+    tokens: int
+    sha256: str  # of its header
+    texts: tuple[tuple[str, str], ...]  # name and SHA-256 of every text
+
+    def to_dict(self) -> dict[str, object]:
+        texts = [{"name": name, "sha256": sha256} for name, sha256 in self.texts]
+        return {"tokens": self.tokens, "sha256": self.sha256, "texts": texts}
+
+    @classmethod
+    def from_dict(cls, data: dict) -> "CalibrationInfo":
+        texts = tuple((text["name"], text["sha256"]) for text in data["texts"])
+        return cls(int(data["tokens"]), data["sha256"], texts)
+
+
+@dataclass(frozen=True)
 class Manifest:
     """The content of `foregate.json`."""
 
@@ -134,27 +180,49 @@ class Manifest:
     model_type: str
     bits: int
     quantizer: str  # its name; "none" at 16 bits
+    calibration: CalibrationInfo | None  # None without a trace
     layers: tuple[LayerInfo, ...]
     checksums: tuple[tuple[str, ...], ...]  # SHA-256 of every record, by layer and expert
     backbone_checksum: str  # SHA-256 of model.safetensors
-    backbone_bytes: int
+    backbone_bytes: int  # of model.safetensors
+    backbone_bits: int
+    backbone_quantizer: str  # its name; "none" at 16 bits
+    matrices: tuple[MatrixInfo, ...]  # of a quantized backbone
+    matrix_checksums: tuple[str, ...]  # SHA-256 of every matrix's record
+    kept_matrices: tuple[str, ...]  # linear modules that a quantized backbone keeps as they were
     unused_tensors: int  # of the checkpoint, which the text model has no place for
 
     def to_json(self) -> str:
         layers = [asdict(layer) for layer in self.layers]
         for layer, checksums in zip(layers, self.checksums, strict=True):
             layer["checksums"] = list(checksums)
+        backbone: dict[str, object] = {"bytes": self.backbone_bytes, "sha256": self.backbone_checksum}
+        if self.backbone_bits != UNQUANTIZED:
+            backbone |= {
+                "bits": self.backbone_bits,
+                "quantizer": self.backbone_quantizer,
+                "kept": list(self.kept_matrices),
+                "matrices": [
+                    {"module": matrix.module, "shape": list(matrix.shape), "sha256": checksum}
+                    for matrix, checksum in zip(self.matrices, self.matrix_checksums, strict=True)
+                ],
+            }
+        quantization: dict[str, object] = {"bits": self.bits, "quantizer": self.quantizer}
+        if self.calibration:
+            quantization["calibration"] = self.calibration.to_dict()
         return json.dumps(
             {
                 "format": "foregate store",
-                "version": FORMAT_VERSION,
+                "version": 1
+                if self.backbone_bits == UNQUANTIZED
+                else FORMAT_VERSION,  # older programs read what they can
                 "model": {
                     "class": self.model_class,
                     "type": self.model_type,
                     "unused_tensors": self.unused_tensors,
                 },
-                "quantization": {"bits": self.bits, "quantizer": self.quantizer},
-                "backbone": {"bytes": self.backbone_bytes, "sha256": self.backbone_checksum},
+                "quantization": quantization,
+                "backbone": backbone,
                 "layers": layers,
             },
             indent=1,
@@ -164,15 +232,24 @@ class Manifest:
     def from_json(cls, text: str) -> "Manifest":
         """Raises KeyError, TypeError or ValueError when the text is not a manifest of this version."""
         data = json.loads(text)
+        backbone = data["backbone"]
+        bits = int(backbone.get("bits", UNQUANTIZED))
+        calibration = data["quantization"].get("calibration")
         return cls(
             model_class=data["model"]["class"],
             model_type=data["model"]["type"],
             bits=int(data["quantization"]["bits"]),
             quantizer=data["quantization"]["quantizer"],
+            calibration=CalibrationInfo.from_dict(calibration) if calibration else None,
             layers=tuple(_layer_from_json(layer) for layer in data["layers"]),
             checksums=tuple(tuple(layer["checksums"]) for layer in data["layers"]),
-            backbone_checksum=data["backbone"]["sha256"],
-            backbone_bytes=int(data["backbone"]["bytes"]),
+            backbone_checksum=backbone["sha256"],
+            backbone_bytes=int(backbone["bytes"]),
+            backbone_bits=bits,
+            backbone_quantizer=backbone.get("quantizer", "none"),
+            matrices=tuple(_matrix_from_json(matrix, bits) for matrix in backbone.get("matrices", ())),
+            matrix_checksums=tuple(matrix["sha256"] for matrix in backbone.get("matrices", ())),
+            kept_matrices=tuple(backbone.get("kept", ())),
             unused_tensors=int(data["model"]["unused_tensors"]),
         )
 
@@ -185,8 +262,10 @@ class Store:
         self.manifest = _read_manifest(self.path)
         self.experts_path = self.path / EXPERTS_FILE
         self.backbone_path = self.path / BACKBONE_FILE
+        self.matrices_path = self.path / MATRICES_FILE
         self._offsets = self._check_experts_file()
         self._check_backbone_file()
+        self._matrix_offsets = self._check_matrices_file() if self.matrices else []
 
     @property
     def layers(self) -> tuple[LayerInfo, ...]:
@@ -208,6 +287,16 @@ class Store:
         return sum(layer.num_experts * layer.layout.nbytes for layer in self.layers)
 
     @property
+    def matrices(self) -> tuple[MatrixInfo, ...]:
+        """The matrices of a quantized backbone, in the order of their file."""
+        return self.manifest.matrices
+
+    @property
+    def matrices_bytes(self) -> int:
+        """Bytes of all records of matrices."""
+        return sum(matrix.nbytes for matrix in self.matrices)
+
+    @property
     def top_k(self) -> int:
         """The most experts that one token uses in any layer."""
         return max(layer.top_k for layer in self.layers)
@@ -221,6 +310,10 @@ class Store:
     def record_name(self, key: ExpertKey) -> str:
         """The record's tensor name in the experts file."""
         return record_name(self.layers[key[0]], key[1])
+
+    def matrix_location(self, index: int) -> tuple[int, int]:
+        """(offset in the matrices file, bytes) of the record of matrix `index`; both multiples of 64."""
+        return self._matrix_offsets[index], self.matrices[index].nbytes
 
     def _check_experts_file(self) -> list[int]:
         entries = read_header(self.experts_path)
@@ -244,6 +337,20 @@ class Store:
         if self.backbone_path.stat().st_size != self.manifest.backbone_bytes:
             raise _damaged(self.backbone_path, f"its size is not the {self.manifest.backbone_bytes:,} bytes recorded")
 
+    def _check_matrices_file(self) -> list[int]:
+        entries = read_header(self.matrices_path)
+        first = entries.get(self.matrices[0].module)
+        offset, offsets = first.start if first else 0, []
+        for matrix in self.matrices:
+            entry = entries.pop(matrix.module, None)
+            if entry is None or (entry.start, entry.nbytes) != (offset, matrix.nbytes) or offset % TENSOR_ALIGNMENT:
+                raise _damaged(self.matrices_path, f"matrix {matrix.module} is missing or misplaced")
+            offsets.append(offset)
+            offset += matrix.nbytes
+        if entries:
+            raise _damaged(self.matrices_path, f"it holds unknown matrices, first {next(iter(entries))}")
+        return offsets
+
 
 def record_name(layer: LayerInfo, expert: int) -> str:
     """Tensor name of a record in the experts file."""
@@ -258,6 +365,12 @@ def experts_header(layers: tuple[LayerInfo, ...]) -> bytes:
         for expert in range(layer.num_experts)
     }
     return build_header(tensors, align=ALIGNMENT)
+
+
+def matrices_header(matrices: tuple[MatrixInfo, ...]) -> bytes:
+    """The header of the matrices file, padded so that the first record is aligned."""
+    tensors = {matrix.module: ("U8", (matrix.nbytes,), matrix.nbytes) for matrix in matrices}
+    return build_header(tensors, align=TENSOR_ALIGNMENT)
 
 
 def _read_manifest(path: Path) -> Manifest:
@@ -298,6 +411,12 @@ def _layer_from_json(data: dict) -> LayerInfo:
     if len(data["checksums"]) != layer.num_experts or any(t.dtype not in DTYPES for t in tensors):
         raise ValueError(layer.module)
     return layer
+
+
+def _matrix_from_json(data: dict, bits: int) -> MatrixInfo:
+    rows, cols = (int(n) for n in data["shape"])
+    plane_shapes(bits, rows, cols)  # raises ValueError for what no record holds
+    return MatrixInfo(str(data["module"]), (rows, cols), bits)
 
 
 def _check_specs(params: tuple[ParamSpec, ...], tensors: tuple[TensorSpec, ...]) -> None:

@@ -11,7 +11,9 @@ def print_summary(report: dict) -> None:
     experts, memory, tokens, seconds = report["experts"], report["memory"], report["tokens"], report["seconds"]
     speed = report["tokens_per_second"]
     share = memory["slots"] / report["model"]["experts"]
+    model = report["model"]
     rows = {
+        "weights": f"{model['bits']} bits in experts, {model['backbone_bits']} in attention and shared experts",
         "tokens/s": f"{speed:.1f}" if speed else "-",
         "new tokens": f"{tokens['generated']} after a prompt of {tokens['prompt']}",
         "first token": f"{seconds['first_token']:.2f} s, loading {seconds['load']:.2f} s",

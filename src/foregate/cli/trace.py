@@ -44,7 +44,7 @@ def run(
     header = plan.header
     print(
         f"{header.num_tokens:,} tokens in {len(header.sequences):,} sequences, {len(header.layers)} MoE layers: the trace "
-        f"will take {plan.nbytes / 2**20:,.1f} MiB ({plan.nbytes // header.num_tokens:,} bytes a token)",
+        f"will take {plan.nbytes / 2**20:,.1f} MiB ({header.nbytes // header.num_tokens:,} bytes a token)",
         flush=True,
     )
     start = time.perf_counter()

@@ -4,7 +4,7 @@ import torch
 
 from foregate.errors import ForegateError
 from foregate.kernels import cpu
-from foregate.kernels.base import Kernel, Work
+from foregate.kernels.base import Kernel, Product, Work
 from foregate.kernels.native import NativeKernel
 from foregate.kernels.reference import ReferenceKernel
 
@@ -35,4 +35,4 @@ def set_threads(count: int) -> None:
         cpu.set_threads(count)
 
 
-__all__ = ["AUTO", "KERNELS", "Kernel", "Work", "choose_kernel", "set_threads"]
+__all__ = ["AUTO", "KERNELS", "Kernel", "Product", "Work", "choose_kernel", "set_threads"]

@@ -1,7 +1,7 @@
 """What a kernel is: it computes some experts of one MoE layer, straight from their records."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -9,6 +9,8 @@ import torch
 from torch import nn
 
 from foregate.checkpoint.store import Weight
+
+Product = Callable[[torch.Tensor], torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -45,4 +47,11 @@ class Kernel(ABC):
         """outputs[places] = expert(hidden[tokens]) for every piece of work; other rows stay.
 
         hidden: float32 [tokens, hidden], contiguous; outputs: float32 [places, hidden].
+        """
+
+    @staticmethod
+    @abstractmethod
+    def product(matrix: Weight, exact: bool) -> Product:
+        """The product with a matrix [out, in] as a function: x @ matrix.T, float32 [tokens, out], for x float32
+        [tokens, in], contiguous. Rows do not depend on each other, as above.
         """

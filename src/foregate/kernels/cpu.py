@@ -166,11 +166,24 @@ def matmul(x: torch.Tensor, matrix: Matrix, exact: bool = False) -> torch.Tensor
     exact: keep the activations in float32; otherwise they are rounded to int8 in blocks of 64 (plain matrices are
     always exact). Raises ValueError when shapes, dtypes or memory layouts do not fit.
     """
-    _check_tensor(x, "x", torch.float32, (None, _shape(matrix)[1]))
-    y = torch.empty(x.shape[0], _shape(matrix)[0])
-    library = _library()
-    _check(library, library.fg_matmul(x.data_ptr(), x.shape[0], _matrix(matrix), exact, y.data_ptr()))
-    return y
+    return Product(matrix, exact)(x)
+
+
+class Product:
+    """x @ matrix.T as `matmul` computes it, for a matrix that is used many times: it is checked once."""
+
+    def __init__(self, matrix: Matrix, exact: bool = False) -> None:
+        self._held = matrix  # the addresses below are its memory
+        self._rows, self._cols = _shape(matrix)
+        self._matrix, self._exact, self._library = _matrix(matrix), exact, _library()
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """float32 [tokens, rows] for x float32 [tokens, cols]."""
+        _check_tensor(x, "x", torch.float32, (None, self._cols))
+        y = torch.empty(x.shape[0], self._rows)
+        status = self._library.fg_matmul(x.data_ptr(), x.shape[0], self._matrix, self._exact, y.data_ptr())
+        _check(self._library, status)
+        return y
 
 
 def expert_mlp(x: torch.Tensor, expert: Expert, activation: Activation, exact: bool = False) -> torch.Tensor:

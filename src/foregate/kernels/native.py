@@ -8,7 +8,7 @@ from torch import nn
 
 from foregate.checkpoint.store import Weight
 from foregate.kernels import cpu
-from foregate.kernels.base import Kernel, Work
+from foregate.kernels.base import Kernel, Product, Work
 from foregate.kernels.reference import expert_mlp
 
 PROBE = 64  # values that tell activations apart
@@ -33,6 +33,10 @@ class NativeKernel(Kernel):
             return
         items = [cpu.Work(item.expert, item.tokens, item.places) for item in work]
         cpu.moe(hidden, items, self._activation, outputs, exact=self.exact)
+
+    @staticmethod
+    def product(matrix: Weight, exact: bool) -> Product:
+        return cpu.Product(matrix, exact)
 
     def _linear(self, x: torch.Tensor, matrix: Weight, bias: torch.Tensor | None) -> torch.Tensor:
         y = cpu.matmul(x.contiguous(), matrix, exact=self.exact)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -54,8 +55,17 @@ class TracePlan:
 
     @property
     def nbytes(self) -> int:
-        """Bytes the trace's data will take on disk."""
-        return self.header.nbytes
+        """Bytes the trace's data will take on disk, headers aside."""
+        return self.header.nbytes + sum(tensor.nbytes for tensor in self.router_tensors().values())
+
+    def router_tensors(self) -> dict[str, torch.Tensor]:
+        """What the routers file holds: float32 by name, only what is known."""
+        return {
+            trace.router_tensor(name, index): value.contiguous()
+            for index, router in enumerate(self.routers)
+            for name, value in (("weight", router.weight), ("bias", router.bias), ("gain", router.gain))
+            if value is not None
+        }
 
     @property
     def fingerprint(self) -> str:
@@ -108,12 +118,16 @@ def plan_trace(
     windows = list(islice(_windows(texts, window - len(texts.prefix)), max_tokens // length if max_tokens else None))
     store = model.foregate.store
     routers = find_routers(model, store.layers)
+    vocab_size, embedding_size = model.get_input_embeddings().weight.shape
+    matrices = sum(rows * cols for rows, cols in (matrix.shape for matrix in store.matrices))
     header = TraceHeader(
         model_type=model.config.model_type,
         model_class=type(model).__name__,
         bits=store.manifest.bits,
         quantizer=store.manifest.quantizer,
-        vocab_size=model.get_input_embeddings().weight.shape[0],
+        vocab_size=vocab_size,
+        embedding_size=embedding_size,
+        backbone_parameters=matrices + sum(param.numel() for param in model.parameters()),
         window=window,
         generated=generate,
         layers=tuple(
@@ -146,6 +160,9 @@ def record_trace(plan: TracePlan, destination: str | Path, progress: Progress | 
         path = check_destination(destination)
         with _TraceFolder(path, plan.fingerprint, plan.nbytes) as folder:
             _Recording(plan, folder, progress or (lambda done, total: None)).run()
+            save_file(plan.router_tensors(), folder.path / trace.ROUTERS_FILE)
+            with folder.open(trace.ROUTERS_FILE):
+                pass  # closing it brings it to disk
             folder.write(trace.HEADER_FILE, plan.header.to_json().encode())
             folder.publish()
     except OSError as error:
@@ -223,8 +240,10 @@ class _Recording:
                 self.progress(self._sequence.start, self.header.num_tokens)
                 tokens = self._tokens(number)
                 with observed(self.plan.model, modules, self.plan.routers, self._write), torch.inference_mode():
+                    embedded = self.plan.model.get_input_embeddings()(tokens)
                     self.plan.model(tokens[None], use_cache=False, logits_to_keep=1)
                 self._check_complete()
+                self._write_rows(trace.EMBEDDINGS_FILE, embedded.to(torch.bfloat16))
                 self._write_rows(trace.TOKENS_FILE, tokens.to(torch.int32)[:, None])
                 if time.monotonic() - noted > TraceConfig.journal_seconds:
                     self.folder.sync(self._files.values())

@@ -11,14 +11,18 @@ from math import prod
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError, safe_open
 
 from foregate.checkpoint.architecture import ExpertsModule
 from foregate.checkpoint.store import LayerInfo
 from foregate.errors import ForegateError
+from foregate.lookahead.gate import RouterWeights
 
 FORMAT_VERSION = 1
 HEADER_FILE = "trace.json"
 TOKENS_FILE = "tokens.i32"
+EMBEDDINGS_FILE = "embeddings.bf16"
+ROUTERS_FILE = "routers.safetensors"
 SUFFIXES = {torch.bfloat16: "bf16", torch.int16: "i16"}
 
 
@@ -75,6 +79,8 @@ class TraceHeader:
     bits: int  # of the experts that ran
     quantizer: str
     vocab_size: int
+    embedding_size: int
+    backbone_parameters: int  # everything but the experts
     window: int
     generated: int  # tokens at the end of each sequence that the model wrote itself
     layers: tuple[TraceLayer, ...]
@@ -87,7 +93,10 @@ class TraceHeader:
 
     def files(self) -> dict[str, int]:
         """Name of every data file -> its bytes."""
-        files = {TOKENS_FILE: self.num_tokens * torch.int32.itemsize}
+        files = {
+            TOKENS_FILE: self.num_tokens * torch.int32.itemsize,
+            EMBEDDINGS_FILE: self.num_tokens * self.embedding_size * torch.bfloat16.itemsize,
+        }
         for index, layer in enumerate(self.layers):
             for column, (dtype, width) in layer.columns().items():
                 files[column_file(column, dtype, index)] = self.num_tokens * width * dtype.itemsize
@@ -95,7 +104,7 @@ class TraceHeader:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all data files."""
+        """Bytes of all files of one row a token."""
         return sum(self.files().values())
 
     def to_json(self) -> str:
@@ -129,6 +138,8 @@ class Trace:
         self.header = _read_header(self.path)
         for name, nbytes in self.header.files().items():
             _check_size(self.path / name, nbytes)
+        if not (self.path / ROUTERS_FILE).is_file():
+            raise _damaged(self.path / ROUTERS_FILE, "it is missing")
 
     @property
     def model_type(self) -> str:
@@ -154,6 +165,30 @@ class Trace:
     def tokens(self) -> torch.Tensor:
         """Token ids, int32 [tokens]."""
         return self._map(TOKENS_FILE, torch.int32, (self.num_tokens,))
+
+    @property
+    def embeddings(self) -> torch.Tensor:
+        """What the input embedding gave for every token: bfloat16 [tokens, embedding_size]."""
+        return self._map(EMBEDDINGS_FILE, torch.bfloat16, (self.num_tokens, self.header.embedding_size))
+
+    def router(self, layer: int) -> RouterWeights:
+        """What is known of a router's weights, for its num_experts experts. Raises ForegateError on a damaged file."""
+        info, found = self.layers[layer], {}
+        sizes = {"weight": (info.scores_size, info.input_size), "bias": (info.scores_size,), "gain": (info.input_size,)}
+        file = self.path / ROUTERS_FILE
+        try:
+            with safe_open(file, framework="pt") as tensors:
+                names = set(tensors.keys())
+                for name, shape in sizes.items():
+                    if router_tensor(name, layer) in names:
+                        found[name] = tensors.get_tensor(router_tensor(name, layer)).view(shape)
+        except (OSError, SafetensorError, RuntimeError):
+            raise _damaged(file, f"the router of {info.module} cannot be read") from None
+        weight, bias, gain = (found.get(name) for name in sizes)
+        experts = slice(info.num_experts)
+        return RouterWeights(
+            weight=None if weight is None else weight[experts], bias=None if bias is None else bias[experts], gain=gain
+        )
 
     def inputs(self, layer: int) -> torch.Tensor:
         """What the router was given: bfloat16 [tokens, input_size]."""
@@ -200,7 +235,14 @@ def column_file(column: str, dtype: torch.dtype, layer: int) -> str:
     return f"{column}-{layer:03}.{SUFFIXES[dtype]}"
 
 
+def router_tensor(name: str, layer: int) -> str:
+    """Name of a tensor in the routers file; `name` is weight, bias or gain."""
+    return f"{name}-{layer:03}"
+
+
 def _check_layers(header: TraceHeader) -> None:
+    if any(type(size) is not int or size < 1 for size in (header.embedding_size, header.backbone_parameters)):
+        raise ValueError(header.embedding_size, header.backbone_parameters)
     for layer in header.layers:
         sizes = (layer.num_experts, layer.top_k, layer.input_size, layer.expert_input_size, layer.scores_size)
         if any(type(size) is not int or size < 1 for size in sizes) or type(layer.shares_input) is not bool:

@@ -1,8 +1,8 @@
 """The slot cache's memory: one page-aligned block, cut into equal slots that direct reads fill in place."""
 
-import mmap
-
 import torch
+
+from foregate.memory.pages import allocate
 
 
 class SlotMemory:
@@ -10,9 +10,8 @@ class SlotMemory:
 
     def __init__(self, slots: int, slot_bytes: int) -> None:
         self.slots, self.slot_bytes = slots, slot_bytes
-        self._block = mmap.mmap(-1, slots * slot_bytes)
-        self._view = memoryview(self._block)
-        self._tensor = torch.frombuffer(self._block, dtype=torch.uint8).view(slots, slot_bytes)
+        self._view = allocate(slots * slot_bytes)
+        self._tensor = torch.frombuffer(self._view, dtype=torch.uint8).view(slots, slot_bytes)
 
     def buffer(self, slot: int, nbytes: int) -> memoryview:
         """The first `nbytes` of a slot, writable, for reads."""

@@ -7,12 +7,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from torch import nn
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.utils import logging
 
 from foregate.checkpoint.architecture import Architecture, inspect_architecture
 from foregate.checkpoint.source import load_config
-from foregate.checkpoint.store import Store
+from foregate.checkpoint.store import MatrixInfo, Store
 from foregate.checkpoint.tensors import TensorEntry, read_header
 from foregate.config import EngineConfig
 from foregate.engine import Engine
@@ -21,6 +22,7 @@ from foregate.kernels import set_threads
 from foregate.memory.budget import divide
 from foregate.memory.process import return_unused_memory
 from foregate.model.experts import streamed_experts
+from foregate.model.linear import read_matrices, with_quantized_linears
 
 MAX_THREADS = 256
 _BUILDING = threading.Lock()  # class names are swapped while a model is built
@@ -52,7 +54,7 @@ def load(
     _check_match(opened, architecture)
     if threads:
         set_threads(threads)
-    budget = divide(str(memory), opened, _backbone_bytes(architecture))
+    budget = divide(str(memory), opened, _backbone_bytes(opened, architecture))
     engine = Engine(opened, budget, policy=policy, readers=readers, kernel=kernel, exact=exact)
     try:
         model = _build_backbone(opened, architecture)
@@ -79,9 +81,11 @@ class _OnDemand:
 
 def _build_backbone(store: Store, architecture: Architecture) -> PreTrainedModel:
     weights = {name: _OnDemand(entry) for name, entry in read_header(store.backbone_path).items()}
+    model_class = type(architecture.model)
+    builder = with_quantized_linears(model_class, [matrix.module for matrix in store.matrices])
     try:
         with _BUILDING, _quiet(), streamed_experts(architecture.expert_classes):
-            model, info = type(architecture.model).from_pretrained(
+            model, info = builder.from_pretrained(
                 None,
                 config=architecture.model.config,
                 state_dict=weights,
@@ -90,6 +94,7 @@ def _build_backbone(store: Store, architecture: Architecture) -> PreTrainedModel
             )
     except RuntimeError as error:
         raise _backbone_error(store.path, first_line(error)) from None
+    model.__class__ = model_class
     if info["missing_keys"]:
         names = sorted(info["missing_keys"])
         raise _backbone_error(store.path, f"{len(names)} weights are missing, first {names[0]}")
@@ -108,22 +113,34 @@ def _connect(model: PreTrainedModel, store: Store, engine: Engine) -> None:
     for index, module in enumerate(modules):
         module.connect(engine, index)
     engine.connect(modules)
+    if store.matrices:
+        for info, matrix in zip(store.matrices, read_matrices(store), strict=True):
+            model.get_submodule(info.module).connect(matrix, engine.kernel.product(matrix, engine.exact))
 
 
 def _check_match(store: Store, architecture: Architecture) -> None:
     found = [(layer.name, layer.num_experts, layer.params) for layer in architecture.layers]
     stored = [(n.module, n.num_experts, {p.name: p.shape for p in n.layout.params}) for n in store.layers]
-    if found != stored:
+    if found != stored or not all(_has_linear(architecture, matrix) for matrix in store.matrices):
         raise ForegateError(
             f"{store.path}: config.json describes another model than foregate.json does: convert the model again"
         )
 
 
-def _backbone_bytes(architecture: Architecture) -> int:
-    """Bytes of everything but the experts in float32; tied weights count once."""
-    experts = {f"{layer.name}.{name}" for layer in architecture.layers for name in layer.params}
-    backbone = (param for name, param in architecture.model.named_parameters() if name not in experts)
-    return sum(param.numel() * torch.float32.itemsize for param in backbone)
+def _has_linear(architecture: Architecture, matrix: MatrixInfo) -> bool:
+    try:
+        module = architecture.model.get_submodule(matrix.module)
+    except AttributeError:
+        return False
+    return isinstance(module, nn.Linear) and (module.out_features, module.in_features) == matrix.shape
+
+
+def _backbone_bytes(store: Store, architecture: Architecture) -> int:
+    """Bytes of everything but the experts: quantized matrices as packed, the rest in float32; tied weights count once."""
+    elsewhere = {f"{layer.name}.{name}" for layer in architecture.layers for name in layer.params}
+    elsewhere |= {f"{matrix.module}.weight" for matrix in store.matrices}
+    plain = (param for name, param in architecture.model.named_parameters() if name not in elsewhere)
+    return store.matrices_bytes + sum(param.numel() * torch.float32.itemsize for param in plain)
 
 
 @contextlib.contextmanager

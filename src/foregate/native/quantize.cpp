@@ -7,6 +7,7 @@
 #include <cstring>
 #include <exception>
 #include <mutex>
+#include <vector>
 
 #include "foregate.h"
 #include "quantize_block.hpp"
@@ -34,6 +35,11 @@ struct Matrix {
 
 struct Planes {
     std::uint8_t *low, *high, *scales, *zeros;
+};
+
+// Weighted sums of squares, of a matrix and of what is stored for it.
+struct Squares {
+    double given = 0, stored = 0;
 };
 
 FOREGATE_INLINE void load(const Matrix& matrix, std::int64_t first, Tile& tile) {
@@ -75,15 +81,25 @@ FOREGATE_INLINE void pack(const std::uint8_t* codes, std::int64_t block, const P
 
 template <int Bits>
 FOREGATE_INLINE void store(const Matrix& matrix, const Tile& tile, const Format& format, const Choice& choice,
-                           std::int64_t first, const Planes& planes) {
+                           std::int64_t first, const Planes& planes, Squares& squares) {
     using Its = Layout<Bits>;
     LaneInts codes[block_size];
+    Lanes given = splat(0), stored = splat(0);
     const Lanes scale = format.block_scale(choice.index);
     for (int g = 0; g < Its::groups; ++g) {
         const Fit fit = Its::restore(scale, choice.factor[g], choice.zero[g]);
         const Lanes inverse = 1.0f / fit.scale;
-        for (int j = g * Its::size; j < (g + 1) * Its::size; ++j)
-            codes[j] = __builtin_convertvector(code_of(tile.w[j], inverse, fit.zero, Its::top), LaneInts);
+        for (int j = g * Its::size; j < (g + 1) * Its::size; ++j) {
+            const Lanes q = code_of(tile.w[j], inverse, fit.zero, Its::top);
+            const Lanes restored = (q - fit.zero) * fit.scale;
+            codes[j] = __builtin_convertvector(q, LaneInts);
+            given += tile.h[j] * tile.w[j] * tile.w[j];
+            stored += tile.h[j] * restored * restored;
+        }
+    }
+    for (int lane = 0; lane < lane_count; ++lane) {
+        squares.given += given[lane];
+        squares.stored += stored[lane];
     }
     for (int lane = 0; lane < lane_count && first + lane < matrix.blocks; ++lane) {
         const std::int64_t block = first + lane, width = matrix.width(block);
@@ -101,13 +117,15 @@ FOREGATE_INLINE void store(const Matrix& matrix, const Tile& tile, const Format&
 }
 
 template <int Bits, Method method>
-FOREGATE_INLINE void quantize_tiles(const Matrix& matrix, const Format& format, const Planes& planes,
-                                    std::int64_t first, std::int64_t last) {
+FOREGATE_INLINE Squares quantize_tiles(const Matrix& matrix, const Format& format, const Planes& planes,
+                                       std::int64_t first, std::int64_t last) {
     Tile tile;
+    Squares squares;
     for (std::int64_t i = first; i < last; ++i) {
         load(matrix, i * lane_count, tile);
-        store<Bits>(matrix, tile, format, choose<Bits, method>(tile, format), i * lane_count, planes);
+        store<Bits>(matrix, tile, format, choose<Bits, method>(tile, format), i * lane_count, planes, squares);
     }
+    return squares;
 }
 
 // The greatest full-range scale of the tiles' groups.
@@ -123,10 +141,12 @@ FOREGATE_INLINE float greatest_scale(const Matrix& matrix, std::int64_t first, s
             greatest = maximum(greatest, (group.high - group.low) / Its::top);
         }
     }
-    return *std::max_element(&greatest[0], &greatest[0] + lane_count);
+    float values[lane_count];
+    std::memcpy(values, &greatest, sizeof values);
+    return *std::max_element(values, values + lane_count);
 }
 
-using QuantizeTiles = void (*)(const Matrix&, const Format&, const Planes&, std::int64_t first, std::int64_t last);
+using QuantizeTiles = Squares (*)(const Matrix&, const Format&, const Planes&, std::int64_t first, std::int64_t last);
 using GreatestScale = float (*)(const Matrix&, std::int64_t first, std::int64_t last);
 
 // The same code for each instruction set: what is inlined into a function is compiled for that function's target.
@@ -138,12 +158,12 @@ using GreatestScale = float (*)(const Matrix&, std::int64_t first, std::int64_t 
 
 template <int Bits, Method method>
 struct Compiled {
-    static void portable(const Matrix& m, const Format& f, const Planes& p, std::int64_t first, std::int64_t last) {
-        quantize_tiles<Bits, method>(m, f, p, first, last);
+    static Squares portable(const Matrix& m, const Format& f, const Planes& p, std::int64_t first, std::int64_t last) {
+        return quantize_tiles<Bits, method>(m, f, p, first, last);
     }
-    FOREGATE_AVX2 static void avx2(const Matrix& m, const Format& f, const Planes& p, std::int64_t first,
-                                   std::int64_t last) {
-        quantize_tiles<Bits, method>(m, f, p, first, last);
+    FOREGATE_AVX2 static Squares avx2(const Matrix& m, const Format& f, const Planes& p, std::int64_t first,
+                                      std::int64_t last) {
+        return quantize_tiles<Bits, method>(m, f, p, first, last);
     }
 };
 
@@ -204,6 +224,8 @@ GreatestScale scale_of(int bits) {
     }
 }
 
+std::int64_t tasks_of(const Matrix& matrix) { return (matrix.tiles + tiles_per_task - 1) / tiles_per_task; }
+
 // work(first, last) for all tiles of a matrix, in tasks, on the runtime's threads. False when they cannot be had.
 template <class Work>
 bool for_tiles(const Matrix& matrix, const Work& work) {
@@ -211,8 +233,7 @@ bool for_tiles(const Matrix& matrix, const Work& work) {
         Runtime& shared = runtime();
         const std::lock_guard lock(shared.mutex);
         if (!shared.pool) shared.pool = std::make_unique<Pool>(shared.threads);
-        const std::int64_t tasks = (matrix.tiles + tiles_per_task - 1) / tiles_per_task;
-        shared.pool->run({{tasks, [&](std::int64_t task) {
+        shared.pool->run({{tasks_of(matrix), [&](std::int64_t task) {
             work(task * tiles_per_task, std::min(matrix.tiles, (task + 1) * tiles_per_task));
         }}});
         return true;
@@ -254,17 +275,25 @@ extern "C" FG_API float fg_quantize_base(const float* weight, std::int64_t rows,
 
 // Quantize weight [rows, cols] (finite) into planes of the format, given base > 0 and the table [256] of block scales.
 // method: 0 rtn, 1 hqq, 2 refit. importance [cols] (positive) or null; `high` is used at 3 bits alone; `zeros` takes
-// the plane "zeros" or "groups". Returns 0, or 1 for bits or a method that do not exist and without threads.
+// the plane "zeros" or "groups"; `squares` [2] the sums of importance * w^2 over the weights given and those stored.
+// Returns 0, or 1 for bits or a method that do not exist and without threads.
 extern "C" FG_API int fg_quantize(const float* weight, std::int64_t rows, std::int64_t cols, std::int32_t bits,
                                   std::int32_t method, const float* importance, const float* table, float base,
-                                  std::uint8_t* low, std::uint8_t* high, std::uint8_t* scales, std::uint8_t* zeros) {
+                                  std::uint8_t* low, std::uint8_t* high, std::uint8_t* scales, std::uint8_t* zeros,
+                                  double* squares) {
     const QuantizeTiles quantize_some = quantizer_of(bits, static_cast<Method>(method));
     if (!quantize_some) return 1;
     const Matrix matrix{weight, importance, rows, cols};
     const Planes planes{low, high, scales, zeros};
     const Format format{table, -1 / std::log2(table[1]), base, half_quadratic_schedule()};
+    std::vector<Squares> parts(static_cast<std::size_t>(tasks_of(matrix)));  // added in order: threads change nothing
     const bool done = for_tiles(matrix, [&](std::int64_t first, std::int64_t last) {
-        quantize_some(matrix, format, planes, first, last);
+        parts[static_cast<std::size_t>(first / tiles_per_task)] = quantize_some(matrix, format, planes, first, last);
     });
+    squares[0] = squares[1] = 0;
+    for (const Squares& part : parts) {
+        squares[0] += part.given;
+        squares[1] += part.stored;
+    }
     return done ? 0 : 1;
 }

@@ -88,6 +88,10 @@ struct Avx2 {
         return _mm256_cvtepi32_ps(_mm256_madd_epi16(pairs, ones));
     }
 
+    // No width has a faster way to weights than by `codes_at`.
+    template <int bits>
+    static constexpr bool looks_up = false;
+
     // Codes 8 * i .. 8 * i + 7 as floats.
     static Floats codes_at(Codes codes, int i) {
         const __m256i half = i < 4 ? codes.a : codes.b;

@@ -87,6 +87,44 @@ struct Avx512 {
         return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(quarter));
     }
 
+    // Whether `look_up` knows the width.
+    template <int bits>
+    static constexpr bool looks_up = bits < 8;
+
+    // The 64 weights of a block, code - zero, at 2 bits times the group's multiplier: picked from a register that holds
+    // the value of every code.
+    template <int bits>
+    static void look_up(const uint8_t* low, const uint8_t* high, const float* zeros, const float* multipliers,
+                        Floats* weights) {
+        if constexpr (bits == 4) {
+            const __m512 codes = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+            const __m512 values = _mm512_sub_ps(codes, _mm512_set1_ps(*zeros));
+            for (int i = 0; i < 2; i++) {  // an index counts by its low four bits
+                const __m512i packed = widen(low + 16 * i);
+                weights[i] = _mm512_permutexvar_ps(packed, values);
+                weights[i + 2] = _mm512_permutexvar_ps(_mm512_srli_epi32(packed, 4), values);
+            }
+            return;
+        }
+        const __m512 codes = _mm512_setr_ps(0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3);
+        const __m512i packed = widen(low);
+        const auto pick = [&](__m512 values, int i) {  // an index counts by its low two bits
+            return _mm512_permutevar_ps(values, _mm512_srli_epi32(packed, static_cast<unsigned>(2 * i)));
+        };
+        for (int i = 0; i < 4; i++) {
+            if constexpr (bits == 2) {
+                const __m512 shifted = _mm512_sub_ps(codes, _mm512_set1_ps(zeros[i]));
+                weights[i] = pick(_mm512_mul_ps(shifted, _mm512_set1_ps(multipliers[i])), i);
+            } else {
+                const __m512 zero = _mm512_set1_ps(*zeros), upper = _mm512_add_ps(codes, _mm512_set1_ps(4));
+                uint16_t third;
+                __builtin_memcpy(&third, high + 2 * i, 2);
+                weights[i] = _mm512_mask_blend_ps(third, pick(_mm512_sub_ps(codes, zero), i),
+                                                  pick(_mm512_sub_ps(upper, zero), i));
+            }
+        }
+    }
+
     // For 16 blocks: a[b, 0] * b[b, 0] + a[b, 1] * b[b, 1] + the same of c and d.
     static Floats dot_pairs(const int16_t* a, const int16_t* b, const int16_t* c, const int16_t* d) {
         return _mm512_cvtepi32_ps(_mm512_add_epi32(_mm512_madd_epi16(_mm512_loadu_si512(a), _mm512_loadu_si512(b)),
@@ -100,6 +138,12 @@ struct Avx512 {
         const __m512 mantissa = _mm512_permutexvar_ps(i, _mm512_loadu_ps(scale_table));  // by the low four bits of i
         const __m512i exponent = _mm512_slli_epi32(halvings, 23);
         store(scales, _mm512_castsi512_ps(_mm512_sub_epi32(_mm512_castps_si512(mantissa), exponent)));
+    }
+
+private:
+    // 16 bytes as 32-bit lanes.
+    static __m512i widen(const uint8_t* p) {
+        return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
     }
 };
 

@@ -74,6 +74,10 @@ struct Portable {
         return each([&](int i) { return static_cast<float>(sums[i]); });
     }
 
+    // No width has a faster way to weights than by `codes_at`.
+    template <int bits>
+    static constexpr bool looks_up = false;
+
     // Codes 8 * i .. 8 * i + 7 as floats.
     static Floats codes_at(const Codes& codes, int i) {
         return each([&](int j) { return static_cast<float>(codes.v[8 * i + j]); });

@@ -4,7 +4,7 @@ from foregate.quantize.base import Quantizer
 from foregate.quantize.gptq import Gptq
 from foregate.quantize.hqq import Hqq
 from foregate.quantize.refit import Refit
-from foregate.quantize.registry import DEFAULT, QUANTIZERS, quantizer
+from foregate.quantize.registry import QUANTIZERS, choose_quantizer, quantizer
 from foregate.quantize.rtn import Rtn
 
-__all__ = ["DEFAULT", "QUANTIZERS", "Gptq", "Hqq", "Quantizer", "Refit", "Rtn", "quantizer"]
+__all__ = ["QUANTIZERS", "Gptq", "Hqq", "Quantizer", "Refit", "Rtn", "choose_quantizer", "quantizer"]

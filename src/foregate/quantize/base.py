@@ -20,6 +20,8 @@ class Quantizer(ABC):
     """Makes quantized matrices. Stateless: one instance serves any number of matrices and threads."""
 
     name: ClassVar[str]
+    uses_inputs: ClassVar[bool] = False  # an importance or a Hessian changes what it does
+    needs_inputs: ClassVar[bool] = False  # without a Hessian it is another quantizer
 
     @abstractmethod
     def quantize(
@@ -59,6 +61,20 @@ class Problem:
         # ldexp of a double: float32 powers of two end at 2**127, and rounding must happen once.
         planes["base"] = torch.ldexp(planes["base"].double(), torch.tensor(self.exponent)).float()
         return QuantizedMatrix(self.bits, *self.weight.shape, planes)
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A quantized problem, with what becomes of its norm."""
+
+    planes: dict[str, torch.Tensor]
+    given_squares: float  # sum of importance * w**2 over the problem's weight
+    stored_squares: float  # the same sum over what the planes hold
+
+    def keep_norm(self) -> dict[str, torch.Tensor]:
+        """The planes, scaled so that the (weighted) norm of what they hold is that of the problem's weight."""
+        gain = math.sqrt(self.given_squares / self.stored_squares) if self.stored_squares else 1.0
+        return self.planes | {"base": (self.planes["base"].double() * gain).float()}
 
 
 def prepare(weight: torch.Tensor, bits: int, importance: torch.Tensor | None, name: str) -> Problem:

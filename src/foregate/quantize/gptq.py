@@ -23,6 +23,8 @@ class Gptq(Quantizer):
     """Calibrated. Without a Hessian it is `Refit` with the importance; the fewer samples, the nearer it is to that."""
 
     name = "gptq"
+    uses_inputs = True
+    needs_inputs = True
 
     def quantize(
         self,
@@ -73,7 +75,7 @@ def _planes(problem: Problem, factor: torch.Tensor) -> dict[str, torch.Tensor]:
     bits, top = problem.bits, 2**problem.bits - 1
     refit, base = Refit(), greatest_scale(problem.weight, bits)
     if base == 0:
-        return refit.planes(problem, base)
+        return refit.stored(problem, base).planes
     columns = problem.weight.T.contiguous()  # [cols, rows]: a column at a time is worked on
     loss = factor.diagonal() ** -2  # of a column's squared error, when later columns make up for it
     codes = torch.empty_like(columns)
@@ -82,7 +84,7 @@ def _planes(problem: Problem, factor: torch.Tensor) -> dict[str, torch.Tensor]:
         part = slice(start, min(start + BLOCK, len(columns)))
         block, feedback = columns[part], factor[part, part]
         importance = loss[part] / loss[part].mean()
-        planes = refit.planes(Problem(block.T.contiguous(), 0, bits, importance), base)
+        planes = refit.stored(Problem(block.T.contiguous(), 0, bits, importance), base).planes
         grids.append({plane: planes[plane] for plane in ("scales", "groups" if bits == 2 else "zeros")})
         scale, zero = (x.T.contiguous() for x in scales_and_zeros(planes, bits, len(block)))
         errors = torch.empty_like(block)

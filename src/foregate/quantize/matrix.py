@@ -36,6 +36,13 @@ class QuantizedMatrix:
     cols: int
     planes: dict[str, torch.Tensor]
 
+    @classmethod
+    def outline(cls, bits: int, rows: int, cols: int) -> "QuantizedMatrix":
+        """A matrix whose planes have shapes and no content. Raises ValueError when there is no such matrix."""
+        shapes = plane_shapes(bits, rows, cols)
+        planes = {name: torch.empty(shape, dtype=dtype, device="meta") for name, (dtype, shape) in shapes.items()}
+        return cls(bits, rows, cols, planes)
+
     def dequantize(self) -> torch.Tensor:
         """The weights, float32 [rows, cols]."""
         return dequantize(self.planes, self.bits, self.rows, self.cols)

@@ -10,7 +10,7 @@ from functools import cache
 
 import torch
 
-from foregate.quantize.base import Problem
+from foregate.quantize.base import Problem, Stored
 from foregate.quantize.matrix import plane_shapes, scale_table
 
 _METHODS = {"rtn": 0, "hqq": 1, "refit": 2}  # enum class Method
@@ -34,6 +34,7 @@ def load_library() -> ctypes.CDLL | None:
         *(pointer, long, long, integer, integer),  # weight, rows, cols, bits, method
         *(pointer, pointer, ctypes.c_float),  # importance, table, base
         *(pointer, pointer, pointer, pointer),  # low, high, scales, zeros or groups
+        pointer,  # squares
     ]
     found.fg_quantize.restype = ctypes.c_int
     return found
@@ -47,19 +48,20 @@ def base(library: ctypes.CDLL, problem: Problem) -> float:
     return greatest
 
 
-def planes(library: ctypes.CDLL, method: str, problem: Problem, base: float) -> dict[str, torch.Tensor]:
-    """The planes of the problem's weight for a base above 0, by the quantizer called `method`."""
+def stored(library: ctypes.CDLL, method: str, problem: Problem, base: float) -> Stored:
+    """What the quantizer called `method` stores of the problem's weight, for a base above 0."""
     weight, bits, importance = problem.weight, problem.bits, problem.importance
     shapes = plane_shapes(bits, *weight.shape)
     made = {plane: torch.empty(shape, dtype=dtype) for plane, (dtype, shape) in shapes.items()}
     made["base"][0] = base
-    table = scale_table()
+    table, squares = scale_table(), torch.zeros(2, dtype=torch.float64)
     status = library.fg_quantize(
         *(weight.data_ptr(), *weight.shape, bits, _METHODS[method]),
         *(None if importance is None else importance.data_ptr(), table.data_ptr(), base),
         *(made["low"].data_ptr(), made["high"].data_ptr() if "high" in made else None),
         *(made["scales"].data_ptr(), made["groups" if bits == 2 else "zeros"].data_ptr()),
+        squares.data_ptr(),
     )
     if status:
         raise RuntimeError("the native quantizers could not start their threads")
-    return made
+    return Stored(made, *squares.tolist())

@@ -1,0 +1,155 @@
+"""All gates of one model: `lookahead.safetensors`, and what they predict while tokens flow.
+
+The file holds float16 tensors named `source-003.base`, `token.down` ...; its metadata says which model the gates fit and
+what they were trained on. It lies in a store but depends on the model only, not on how the experts are quantized.
+"""
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+
+from foregate.errors import ForegateError, first_line
+from foregate.lookahead.gate import GateLayer, LookaheadGate, Target, targets, token_source
+
+FORMAT_VERSION = 1
+GATES_FILE = "lookahead.safetensors"
+TOKEN_SOURCE = "token"
+
+
+@dataclass(frozen=True)
+class GatesHeader:
+    """What the file's metadata says."""
+
+    layers: tuple[GateLayer, ...]
+    embedding_size: int
+    horizon: int
+    width: int  # of every gate's MLP
+    trained: dict[str, Any]  # what alignment used and reached; empty for untrained gates
+
+    def source_name(self, source: int) -> str:
+        """Prefix of a source's tensors."""
+        return TOKEN_SOURCE if source == len(self.layers) else f"source-{source:03}"
+
+    def input_size(self, source: int) -> int:
+        """Values of a source: a router's input, or an embedding."""
+        return self.embedding_size if source == len(self.layers) else self.layers[source].input_size
+
+    def new_gate(self, source: int) -> LookaheadGate:
+        """A gate of the right shape for `source`, all zeros."""
+        aims = [self.layers[target.layer] for target in targets(source, len(self.layers), self.horizon)]
+        return LookaheadGate(
+            self.input_size(source), [a.num_experts for a in aims], [a.top_k for a in aims], self.width
+        )
+
+    def check_matches(self, layers: Sequence[Any], path: Path) -> None:
+        """Raise ForegateError unless the gates fit a model with these MoE layers (module, num_experts, top_k)."""
+        wanted = [(layer.module, layer.num_experts, layer.top_k) for layer in layers]
+        if [(layer.module, layer.num_experts, layer.top_k) for layer in self.layers] != wanted:
+            raise ForegateError(
+                f"{path} holds the lookahead gates of another model ({len(self.layers)} MoE layers of "
+                f"{self.layers[0].num_experts} experts): train gates for this one with foregate align {path.parent}"
+            )
+
+    def to_json(self) -> str:
+        return json.dumps({"version": FORMAT_VERSION, **asdict(self)})
+
+    @classmethod
+    def from_json(cls, text: str) -> "GatesHeader":
+        """Raises ValueError, KeyError or TypeError on anything `to_json` would not write."""
+        data = json.loads(text)
+        if data.pop("version") != FORMAT_VERSION:
+            raise ValueError("another version")
+        data["layers"] = tuple(GateLayer(**layer) for layer in data["layers"])
+        return cls(**data)
+
+
+class LookaheadGates:
+    """The gates of one model and the latest router scores of the sequence they follow.
+
+    One object follows one sequence. Feed it every router call by `observe`; ask `predict` for what comes next.
+    """
+
+    def __init__(self, header: GatesHeader, gates: Sequence[LookaheadGate]) -> None:
+        self.header, self.gates = header, tuple(gates)
+        self.targets = tuple(
+            targets(source, len(header.layers), header.horizon) for source in range(len(header.layers) + 1)
+        )
+        self.reset()
+
+    def reset(self) -> None:
+        """Start a new sequence."""
+        self._recent = [torch.zeros(layer.num_experts) for layer in self.header.layers]
+
+    def observe(self, layer: int, scores: torch.Tensor) -> None:
+        """Note the router's scores of MoE layer `layer` for the newest token: float [num_experts or more]."""
+        self._recent[layer] = scores[: self.header.layers[layer].num_experts].float()
+
+    @torch.inference_mode()
+    def predict(self, source: int, hidden: torch.Tensor) -> list[tuple[Target, torch.Tensor]]:
+        """For each target of `source`, nearest first: float32 [num_experts], the probability of each expert.
+
+        hidden: float32 [input_size], the router's input of layer `source`, or the sampled token's embedding.
+        """
+        gate = self.gates[source]
+        if source == len(self.header.layers):
+            hidden = token_source(hidden)
+        recent = torch.cat([self._recent[target.layer] for target in self.targets[source]])
+        parts = gate.probabilities(gate(hidden[None], recent[None]))
+        return [(target, part[0]) for target, part in zip(self.targets[source], parts, strict=True)]
+
+    def save(self, path: Path) -> None:
+        """Write the gates whole or not at all; an existing file is replaced. Raises OSError."""
+        tensors = {
+            f"{self.header.source_name(source)}.{name}": value.detach().to(torch.float16).contiguous()
+            for source, gate in enumerate(self.gates)
+            for name, value in gate.state_dict().items()
+        }
+        write_whole(path, save(tensors, {"foregate": self.header.to_json()}))
+
+    @classmethod
+    def load(cls, path: Path, layers: Sequence[Any]) -> "LookaheadGates":
+        """Gates for a model with these MoE layers (`Store.layers`: module, num_experts, top_k).
+
+        Raises ForegateError when the file is missing, damaged or of another model.
+        """
+        if not path.is_file():
+            raise ForegateError(f"{path.parent} has no lookahead gates: train them with foregate align {path.parent}")
+        try:
+            with safe_open(path, framework="pt") as file:
+                header = GatesHeader.from_json(file.metadata()["foregate"])
+                state = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118
+            header.check_matches(layers, path)
+            gates = [_restored(header, source, state) for source in range(len(header.layers) + 1)]
+        except (OSError, SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:
+            raise ForegateError(
+                f"{path} is damaged ({first_line(error)}): train the gates again with foregate align {path.parent}"
+            ) from None
+        return cls(header, gates)
+
+
+def _restored(header: GatesHeader, source: int, state: dict[str, torch.Tensor]) -> LookaheadGate:
+    """Raises RuntimeError when a tensor is missing or has another shape."""
+    gate, prefix = header.new_gate(source), header.source_name(source) + "."
+    gate.load_state_dict({name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)})
+    return gate.requires_grad_(False)
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file whole or not at all. Raises OSError; nothing half-written stays."""
+    temporary = path.with_name(path.name + ".new")
+    try:
+        with temporary.open("wb") as stream:
+            stream.write(content)
+            stream.flush()
+            os.fsync(stream.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise

@@ -1,0 +1,85 @@
+"""The file of a model's gates, and prediction while tokens flow."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from foregate.errors import ForegateError
+from foregate.lookahead.gate import GateLayer, token_source
+from foregate.lookahead.gates import GatesHeader, LookaheadGates
+
+LAYERS = tuple(GateLayer(f"layers.{n}", 6, 2, 16) for n in range(3))
+HEADER = GatesHeader(LAYERS, 12, 2, 8, {"loss": "mse"})
+
+
+@pytest.fixture
+def gates() -> LookaheadGates:
+    torch.manual_seed(0)
+    made = [HEADER.new_gate(source) for source in range(4)]
+    for gate in made:
+        for parameter in gate.parameters():
+            parameter.data = torch.randn(parameter.shape).half().float()
+    return LookaheadGates(HEADER, made)
+
+
+def test_what_is_saved_is_read_again(gates: LookaheadGates, tmp_path: Path) -> None:
+    file = tmp_path / "lookahead.safetensors"
+    gates.save(file)
+    read = LookaheadGates.load(file, LAYERS)
+    assert read.header == HEADER
+    for gate, other in zip(gates.gates, read.gates, strict=True):
+        assert all(torch.equal(value, other.state_dict()[name]) for name, value in gate.state_dict().items())
+    assert [child.name for child in tmp_path.iterdir()] == ["lookahead.safetensors"]
+
+
+def test_prediction_sees_the_latest_scores(gates: LookaheadGates) -> None:
+    hidden, embedding = torch.randn(16), torch.randn(12)
+    scores = [torch.randn(7) for _ in LAYERS]  # one more than there are experts
+    first = gates.predict(2, hidden)
+    for layer, values in enumerate(scores):
+        gates.observe(layer, values)
+    found = gates.predict(2, hidden)
+    assert [target for target, _ in found] == [(0, True), (1, True)]
+    recent = torch.cat([scores[0][:6], scores[1][:6]])[None]
+    for part, wanted in zip(found, gates.gates[2].probabilities(gates.gates[2](hidden[None], recent)), strict=True):
+        assert torch.equal(part[1], wanted[0])
+    assert not torch.equal(first[0][1], found[0][1])
+    token = gates.predict(3, embedding)
+    wanted = gates.gates[3].probabilities(gates.gates[3](token_source(embedding)[None], recent))
+    assert [target for target, _ in token] == [(0, False), (1, False)]
+    assert torch.equal(token[1][1], wanted[1][0])
+    gates.reset()
+    assert torch.equal(gates.predict(2, hidden)[0][1], first[0][1])
+
+
+def test_a_file_that_is_missing_damaged_or_of_another_model(gates: LookaheadGates, tmp_path: Path) -> None:
+    file = tmp_path / "lookahead.safetensors"
+
+    def refused(match: str, layers: tuple[GateLayer, ...] = LAYERS) -> None:
+        with pytest.raises(ForegateError, match=match) as caught:
+            LookaheadGates.load(file, layers)
+        assert "\n" not in str(caught.value)
+
+    refused("has no lookahead gates: train them with foregate align")
+    gates.save(file)
+    refused("gates of another model", LAYERS[:2])
+    refused("gates of another model", (*LAYERS[:2], replace(LAYERS[2], top_k=1)))
+    content = file.read_bytes()
+    for damaged in (b"", content[:50], content[:-10], content.replace(b'width\\": 8', b'width\\": 9'), b"{}" * 100):
+        assert damaged != content
+        file.write_bytes(damaged)
+        refused("is damaged")
+    LookaheadGates(replace(HEADER, horizon=3), gates.gates).save(file)
+    refused("is damaged")
+
+
+def test_older_gates_stay_when_writing_fails(gates: LookaheadGates, small_disk: Path) -> None:
+    file = small_disk / "lookahead.safetensors"
+    file.write_bytes(b"older")
+    (small_disk / "others").write_bytes(bytes(1016 << 10))
+    with pytest.raises(OSError):
+        gates.save(file)
+    assert file.read_bytes() == b"older"
+    assert sorted(child.name for child in small_disk.iterdir()) == ["lookahead.safetensors", "others"]
