@@ -32,8 +32,8 @@ from foregate.lookahead.trace import Trace
 HORIZON = 3
 FAR_HORIZON = 6
 CONTEXT = 512  # tokens that attention is over where it is counted
-TOKENS = 100_352  # of training, for forms and losses
-TOKEN_STEPS = (10_240, 30_208, 100_352, 0)
+TOKENS = 51_200  # of training, for forms and losses
+TOKEN_STEPS = (10_240, 51_200, 0)
 WIDTHS = (0, 8, 16, 32, 64, 128, 256)
 RANKS = (8, 16, 32, 64)
 LOSSES = ("weighted mse", "mse", "bce", "ce", "kl", "mse+rank", "kl+rank")
@@ -41,7 +41,7 @@ KINDS_OF_TEXT = ("bible", "python", "handbook-de")
 CEILINGS = {
     "width 1024": Form(1024, rate=1e-3, epochs=5),
     "width 512, dropout 0.1": Form(512, rate=2e-3, dropout=0.1),
-    "width 512, dropout 0.1, more inputs": Form(512, rate=2e-3, dropout=0.1, earlier=True),
+    "width 256, more inputs": Form(256, rate=3e-3, earlier=True),
 }
 CPU = torch.device("cpu")
 
@@ -267,17 +267,17 @@ def quantized(model: Model, source: int, *, pairs: list[tuple[Trace, Trace]]) ->
 KINDS = {
     "form": forms,
     "loss": losses,
-    "ceiling": ceilings,
-    "tokens": tokens,
     "horizon": horizons,
     "texts": texts,
     "quantized": quantized,
+    "tokens": tokens,
+    "ceiling": ceilings,
 }
 
 
 def sources_of(kind: str, sources: Iterable[int], layers: int) -> list[int]:
-    """Horizons and the ceiling are also judged over the token boundary and from the sampled token."""
-    wrapped = [layers - 1, layers] if kind in ("horizon", "ceiling") else []
+    """Horizons are also judged over the token boundary and from the sampled token."""
+    wrapped = [layers - 1, layers] if kind == "horizon" else []
     return sorted({*sources, *wrapped})
 
 

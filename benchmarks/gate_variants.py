@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional
 
 from foregate.config import AlignConfig
-from foregate.lookahead.fit import FAR_WEIGHT, STATISTICS_ROWS, evenly
+from foregate.lookahead.fit import FALL_OFF, FAR_WEIGHT, STATISTICS_ROWS, evenly
 from foregate.lookahead.gate import LookaheadGate, boundary
 from foregate.lookahead.samples import SourceSamples, hits
 from foregate.lookahead.teacher import Teacher, chosen_mask
@@ -131,12 +131,13 @@ def loss_of(name: str, logits: torch.Tensor, batch: Data) -> torch.Tensor:
     """The loss `name` of logits [rows, outputs]."""
     targets, rows, k = batch.chosen.shape
     z, wanted = (value.view(rows, targets, -1) for value in (logits, batch.wanted))
-    experts = z.shape[-1]
-    mask = torch.stack([chosen_mask(chosen, experts) for chosen in batch.chosen], 1)
     kind, _, ranking = name.partition("+")
+    mask = None
+    if ranking or kind in ("bce", "ce"):
+        mask = torch.stack([chosen_mask(chosen, z.shape[-1]) for chosen in batch.chosen], 1)
     if kind == "weighted mse":
         spread = wanted.std(-1, keepdim=True, correction=0).clamp_min(1e-6)
-        weights = torch.exp(-(wanted - boundary(wanted, k)).abs() / spread) + FAR_WEIGHT
+        weights = torch.exp(-FALL_OFF * (wanted - boundary(wanted, k)).abs() / spread) + FAR_WEIGHT
         loss = (weights * (z - wanted).square()).sum() / weights.sum()
     elif kind == "mse":
         loss = functional.mse_loss(z, wanted)

@@ -189,6 +189,7 @@ def test_what_cannot_be_learned_from(copy: Path, store: Folder, trace: Path, tex
             foregate.align(copy, **{**SMALL, **settings})
         assert "\n" not in str(caught.value)
         assert not (copy / "lookahead.partial").exists()
+        assert not list(tmp_path.glob("*align-trace*"))
 
     short, empty, binary = tmp_path / "short.txt", tmp_path / "empty.txt", tmp_path / "binary.txt"
     short.write_text(TEXT[:40])
@@ -239,7 +240,7 @@ def test_the_command_says_how_it_went(
     with pytest.raises(SystemExit) as stopped:
         main()
     assert stopped.value.code == 130
-    assert "interrupted: finished gates are kept, run the same command again" in capsys.readouterr().err
+    assert "interrupted: what is finished is kept, run the same command again" in capsys.readouterr().err
     assert len(json.loads((copy / "lookahead.partial" / "journal.json").read_text())["sources"]) == 2
     monkeypatch.undo()
     monkeypatch.setattr(sys, "argv", ["foregate", *map(str, arguments)])

@@ -39,7 +39,7 @@ def run(
 
     start = time.perf_counter()
     try:
-        with count_progress("aligning", "gates") as progress:
+        with count_progress("aligning", "") as progress:
 
             def report(source, done: int, total: int) -> None:
                 pairs = zip(source.top_k, source.untrained_recall, source.recall, strict=True)
@@ -58,10 +58,11 @@ def run(
                 window=window,
                 memory=memory,
                 scratch=scratch,
+                recording=progress,
                 announce=lambda line: print(line, flush=True),
                 report=report,
             )
     except KeyboardInterrupt:
-        print("foregate: interrupted: finished gates are kept, run the same command again", file=sys.stderr)
+        print("foregate: interrupted: what is finished is kept, run the same command again", file=sys.stderr)
         raise typer.Exit(130) from None
     print(f"{path}: {path.stat().st_size / 2**20:.1f} MiB in {time.perf_counter() - start:.1f} s")

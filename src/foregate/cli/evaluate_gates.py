@@ -80,11 +80,11 @@ def run(
             announce=lambda line: print(line, flush=True),
             progress=progress,
         )
-    _print(result, layers)
     if json:
         write_whole(json, result.to_json().encode())
     if plot:
         plot_evaluation(result, plot)
+    _print(result, layers)
 
 
 def _print(result: GateEvaluation, layers: bool) -> None:

@@ -45,6 +45,7 @@ class AlignedSource:
     epoch: int
 
 
+Progress = Callable[[int, int], None]  # (tokens recorded, tokens in all)
 Report = Callable[[AlignedSource, int, int], None]  # (source, sources done, sources in all)
 
 
@@ -62,6 +63,7 @@ def align(
     memory: str = EngineConfig.memory,
     scratch: str | Path | None = None,
     announce: Callable[[str], None] | None = None,
+    recording: Progress | None = None,
     report: Report | None = None,
 ) -> Path:
     """Train the lookahead gates of a store's model; returns the path of the file, which replaces older gates.
@@ -70,7 +72,8 @@ def align(
     is kept in the folder `scratch` (None: where the store lies) until the gates are done. trace: a trace of this model
     that is there already; the model is then not loaded. max_tokens: of texts or trace; 0 is no limit. width: of the
     gates' MLPs; None fits them into AlignConfig.share of the backbone's parameters. device: "cpu", "cuda" or "auto".
-    threads: that compute; 0 is one per core. Run again after an interruption, it resumes.
+    threads: that compute; 0 is one per core. announce hears what will be done, recording how far the trace is, report
+    what came of each gate. Run again after an interruption, it resumes.
     Raises ForegateError on texts, traces or settings it cannot use, and on lack of disk space.
     """
     opened = Store(store)
@@ -85,7 +88,7 @@ def align(
     announce, report = announce or (lambda line: None), report or (lambda source, done, total: None)
     if trace is not None:
         return _align(opened, Trace(trace), settings, chosen_device, announce, report)
-    with _recorded(opened, texts, settings, window, memory, threads, scratch, announce) as recorded:
+    with _recorded(opened, texts, settings, window, memory, threads, scratch, announce, recording) as recorded:
         return _align(opened, recorded, settings, chosen_device, announce, report)
 
 
@@ -135,7 +138,7 @@ def _align(
     trace.check_matches(store.layers)
     job = _Job(store, trace, settings, device)
     announce(job.summary)
-    folder = _GatesFolder(store.path / "lookahead", job.fingerprint, job.nbytes)
+    folder = _GatesFolder(_gates_folder(store), job.fingerprint, job.nbytes)
     try:
         with folder:
             job.run(folder, report)
@@ -145,6 +148,11 @@ def _align(
     except OSError as error:
         raise io_error(error, folder.destination, "write the gates of") from None
     return store.path / GATES_FILE
+
+
+def _gates_folder(store: Store) -> Path:
+    """What the folder of unfinished work is named after."""
+    return store.path / Path(GATES_FILE).stem
 
 
 class _GatesFolder(PartialFolder):
@@ -282,6 +290,7 @@ def _recorded(
     threads: int,
     scratch: str | Path | None,
     announce: Callable[[str], None],
+    recording: Progress | None,
 ) -> Iterator[Trace]:
     """A trace of the texts, recorded now or by an earlier run; it goes when the work it was made for is done."""
     from foregate.lookahead.record import plan_trace, read_texts, record_trace
@@ -299,11 +308,16 @@ def _recorded(
                 f"recording {plan.header.num_tokens:,} tokens first: {plan.nbytes / 2**20:,.1f} MiB in {path}, removed "
                 "when the gates are done"
             )
-            record_trace(plan, path)
+            record_trace(plan, path, recording)
         elif Trace(path).header != plan.header:
             raise ForegateError(f"{path} holds the trace of other texts or settings: remove it")
     finally:
         model.foregate.close()
     del model, plan
-    yield Trace(path)
+    try:
+        yield Trace(path)
+    except ForegateError:
+        if not PartialFolder.path_for(_gates_folder(store)).exists():  # no gate is worth the trace any more
+            shutil.rmtree(path)
+        raise
     shutil.rmtree(path)

@@ -79,7 +79,7 @@ def fit_gate(
 
 @torch.no_grad()
 def recall(samples: SourceSamples, gate: LookaheadGate, rows: torch.Tensor, device: torch.device) -> tuple[float, ...]:
-    """The share of the chosen experts among the gate's top k, by target; NaN where none was ever chosen."""
+    """The share of the chosen experts among the gate's top k, by target; 1 where none was ever chosen."""
     found, real = [0] * len(samples.targets), [0] * len(samples.targets)
     for part in rows.split(CHUNK_ROWS):
         logits = gate.split(gate(samples.source(part).to(device), samples.recent(part).to(device)))
@@ -87,7 +87,7 @@ def recall(samples: SourceSamples, gate: LookaheadGate, rows: torch.Tensor, devi
             hit, count = hits(logits[index], chosen.to(device), samples.top_k[index])
             found[index] += hit
             real[index] += count
-    return tuple(hit / count if count else math.nan for hit, count in zip(found, real, strict=True))
+    return tuple(hit / count if count else 1.0 for hit, count in zip(found, real, strict=True))
 
 
 @torch.no_grad()
