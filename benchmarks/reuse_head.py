@@ -1,7 +1,8 @@
 """Does a reuse head pay? Whether an expert is used again soon, told from the router input, against decayed frequency.
 
 For every MoE layer of a trace, heads are fitted that give each expert's probability to be used again within the next 1, 4
-and 16 tokens: from the router input alone, with the decayed frequencies beside it, and a small one that fits into a gate. They are judged on held-out text
+and 16 tokens: linear ones of any size, from the router input alone and with the decayed frequencies beside it, and the small one
+that `foregate align` trains. They are judged on held-out text
 by the area under the curve, and by the misses of a cache that evicts by them, beside LRU, decayed frequency and Belady's
 rule, which knows the future.
 
@@ -19,9 +20,9 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from foregate.lookahead.reuse import WINDOWS, fit_reuse_head, history_features, reused, used_experts
 from foregate.lookahead.trace import Trace
 
-WINDOWS = (1, 4, 16)  # tokens ahead
 HALF_LIVES = (1, 2, 4, 8, 16, 32, 64)  # tokens, of decayed frequencies
 BUDGETS = (0.125, 0.25, 0.5)
 EPOCHS, BATCH, RATE = 4, 512, 3e-3
@@ -34,6 +35,7 @@ class Layer:
 
     inputs: torch.Tensor  # float32 [tokens, hidden]
     scores: torch.Tensor  # float32 [tokens, experts], the router's
+    chosen: torch.Tensor  # int16 [tokens, top_k]
     used: torch.Tensor  # bool [tokens, experts]
     decayed: torch.Tensor  # float32 [tokens, half-lives, experts], the token itself included
     age: torch.Tensor  # float32 [tokens, experts], tokens since the last use
@@ -43,7 +45,7 @@ class Layer:
 def read_layer(trace: Trace, layer: int, tokens: int) -> Layer:
     """The first rows of one layer, sequence after sequence as one stream: a cache lives on between texts."""
     experts = trace.layers[layer].num_experts
-    used = functional.one_hot(trace.chosen(layer)[:tokens].long(), experts).any(1)
+    used = used_experts(trace.chosen(layer)[:tokens].long(), experts)
     decay = 0.5 ** (1 / torch.tensor(HALF_LIVES))
     state, last = torch.zeros(len(HALF_LIVES), experts), torch.full((experts,), 1e4)
     decayed, age = [], []
@@ -52,35 +54,17 @@ def read_layer(trace: Trace, layer: int, tokens: int) -> Layer:
         last = torch.where(row > 0, torch.zeros(()), last + 1)
         decayed.append(state)
         age.append(last)
-    again = []
-    for window in WINDOWS:
-        padded = functional.pad(used.float().T[None], (0, window))
-        again.append(functional.max_pool1d(padded, window, stride=1)[0].T[1 : len(used) + 1] > 0)
     inputs, scores = trace.inputs(layer)[:tokens].float(), trace.scores(layer)[:tokens, :experts].float()
-    return Layer(inputs, scores, used, torch.stack(decayed), torch.stack(age), torch.stack(again, 1))
+    return Layer(
+        inputs, scores, trace.chosen(layer)[:tokens], used, torch.stack(decayed), torch.stack(age), reused(used)
+    )
 
 
-class SmallHead(nn.Module):
-    """What a gate could carry: a few hidden values for all experts, and weights of scores and history all experts share."""
-
-    def __init__(self, hidden: int, width: int, windows: int, experts: int) -> None:
-        super().__init__()
-        self.shape = (windows, experts)
-        self.down, self.up = nn.Linear(hidden, width), nn.Linear(width, windows * experts)
-        self.shared = nn.Linear(len(HALF_LIVES) + 2, windows)
-        nn.init.zeros_(self.up.weight)
-
-    def forward(self, features: torch.Tensor) -> torch.Tensor:
-        """features: [rows, hidden + experts * (half-lives + 2)], the shared ones by kind."""
-        own, shared = features.split([self.down.in_features, features.shape[1] - self.down.in_features], 1)
-        shared = shared.view(len(features), -1, self.shape[1]).transpose(1, 2)
-        inner = self.up(functional.silu(self.down(own))).view(-1, *self.shape)
-        return (inner + self.shared(shared).transpose(1, 2)).flatten(1)
-
-
-def fit_head(head: nn.Module, features: torch.Tensor, again: torch.Tensor) -> nn.Module:
-    """One layer's head, by binary cross-entropy."""
+def fit_linear(features: torch.Tensor, again: torch.Tensor) -> nn.Linear:
+    """What a head without limits on its size would do, by binary cross-entropy."""
     torch.manual_seed(0)
+    head = nn.Linear(features.shape[1], again.shape[1] * again.shape[2])
+    nn.init.zeros_(head.weight)
     optimizer = torch.optim.AdamW(head.parameters(), lr=RATE, weight_decay=0.01)
     target = again.flatten(1).float()
     for _ in range(EPOCHS):
@@ -135,25 +119,23 @@ def next_use(used: np.ndarray) -> np.ndarray:
     return result
 
 
-def features_of(layer: Layer, mean: torch.Tensor, std: torch.Tensor, kind: str) -> torch.Tensor:
-    parts = [(layer.inputs - mean) / std]
-    if kind != "head":
-        parts += [torch.log1p(layer.decayed).flatten(1), torch.log1p(layer.age)]
-    if kind == "small head":
-        parts += [layer.scores - layer.scores.mean(1, keepdim=True)]
-    return torch.cat(parts, 1)
+def heads(fit: Layer, test: Layer) -> Iterator[tuple[str, torch.Tensor]]:
+    """(name, logits [tokens, windows, experts] on the test rows) of every kind of head."""
+    mean, std = fit.inputs.mean(0), fit.inputs.std(0).clamp_min(1e-6)
+
+    def features(layer: Layer, history: bool) -> torch.Tensor:
+        parts = [(layer.inputs - mean) / std]
+        return torch.cat([*parts, layer.decayed.log1p().flatten(1), layer.age.log1p()] if history else parts, 1)
+
+    for name, history in (("linear", False), ("linear with history", True)):
+        head = fit_linear(features(fit, history), fit.again)
+        with torch.inference_mode():
+            yield name, head(features(test, history)).view(test.again.shape)
+    head = fit_reuse_head(fit.inputs, fit.scores, fit.chosen, seed=0)
+    yield "reuse head", head(test.inputs, history_features(test.used, test.scores))
 
 
-def new_head(kind: str, width: int, hidden: int, features: int, again: torch.Tensor) -> nn.Module:
-    torch.manual_seed(0)
-    if kind == "small head":
-        return SmallHead(hidden, width, again.shape[1], again.shape[2])
-    head = nn.Linear(features, again.shape[1] * again.shape[2])
-    nn.init.zeros_(head.weight)
-    return head
-
-
-def evaluate(train: Trace, heldout: Trace, train_tokens: int, replay_tokens: int, width: int) -> dict:
+def evaluate(train: Trace, heldout: Trace, train_tokens: int, replay_tokens: int) -> dict:
     aucs, scores = [], {}
     used_all: list[torch.Tensor] = []
     for index in range(len(train.layers)):
@@ -161,13 +143,7 @@ def evaluate(train: Trace, heldout: Trace, train_tokens: int, replay_tokens: int
         rows: dict[str, torch.Tensor] = {f"decayed {h}": test.decayed[:, i] for i, h in enumerate(HALF_LIVES)}
         rows["recency"] = -test.age
         found = {name: [auc(s, test.again[:, w]) for w in range(len(WINDOWS))] for name, s in rows.items()}
-        mean, std = fit.inputs.mean(0), fit.inputs.std(0).clamp_min(1e-6)
-        for name in ("head", "head with history", "small head"):
-            features = features_of(fit, mean, std, name)
-            head = new_head(name, width, fit.inputs.shape[1], features.shape[1], fit.again)
-            fit_head(head, features, fit.again)
-            with torch.inference_mode():
-                logits = head(features_of(test, mean, std, name)).view(test.again.shape)
+        for name, logits in heads(fit, test):
             found[name] = [auc(logits[:, w], test.again[:, w]) for w in range(len(WINDOWS))]
             rows[name] = torch.sigmoid(logits).sum(1)  # expected number of the windows with a use
         aucs.append(found)
@@ -205,14 +181,12 @@ def main() -> None:
     parser.add_argument("--json", type=Path, required=True)
     parser.add_argument("--train-tokens", type=int, default=102400)
     parser.add_argument("--replay-tokens", type=int, default=8192)
-    parser.add_argument("--width", type=int, default=16, help="hidden values of the small head")
     args = parser.parse_args()
     train, heldout = Trace(args.train), Trace(args.heldout)
-    result = evaluate(train, heldout, args.train_tokens, args.replay_tokens, args.width)
+    result = evaluate(train, heldout, args.train_tokens, args.replay_tokens)
     facts = {
         "model_type": train.model_type,
         "train_tokens": args.train_tokens,
-        "width": args.width,
         "heldout_tokens": heldout.num_tokens,
     }
     settings = {"windows": WINDOWS, "half_lives": HALF_LIVES, "replay_tokens": args.replay_tokens}

@@ -39,7 +39,7 @@ def test_prediction_sees_the_latest_scores(gates: LookaheadGates) -> None:
     scores = [torch.randn(7) for _ in LAYERS]  # one more than there are experts
     first = gates.predict(2, hidden)
     for layer, values in enumerate(scores):
-        gates.observe(layer, values)
+        gates.observe(layer, values, torch.tensor([0, 6]))
     found = gates.predict(2, hidden)
     assert [target for target, _ in found] == [(0, True), (1, True)]
     recent = torch.cat([scores[0][:6], scores[1][:6]])[None]
@@ -52,6 +52,19 @@ def test_prediction_sees_the_latest_scores(gates: LookaheadGates) -> None:
     assert torch.equal(token[1][1], wanted[1][0])
     gates.reset()
     assert torch.equal(gates.predict(2, hidden)[0][1], first[0][1])
+
+
+def test_reuse_sees_what_was_used(gates: LookaheadGates) -> None:
+    head = gates.gates[1].reuse
+    with torch.no_grad():
+        for parameter in head.parameters():
+            parameter.zero_()
+        head.shared[:, 0] = 1.0  # the first decayed frequency
+    hidden = torch.randn(16)
+    gates.observe(1, torch.randn(6), torch.tensor([2, 6]))  # 6 is no expert
+    probabilities = gates.reuse(1, hidden)
+    assert probabilities.shape == (3, 6)
+    assert (probabilities.argmax(1) == 2).all()
 
 
 def test_a_file_that_is_missing_damaged_or_of_another_model(gates: LookaheadGates, tmp_path: Path) -> None:

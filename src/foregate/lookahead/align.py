@@ -25,6 +25,7 @@ from foregate.kernels import set_threads
 from foregate.lookahead.fit import FittedGate, fit_gate
 from foregate.lookahead.gate import LookaheadGate, untrained_gate
 from foregate.lookahead.gates import GATES_FILE, GatesHeader, LookaheadGates
+from foregate.lookahead.reuse import ReuseHead, fit_reuse_head
 from foregate.lookahead.samples import SourceSamples, gate_layers, router_weights
 from foregate.lookahead.trace import Trace
 
@@ -227,7 +228,17 @@ class _Job:
         gate = untrained_gate(
             header.layers, self.routers, source, header.horizon, header.width, header.input_size(source)
         )
-        return fit_gate(self._samples(source), gate, self.settings, self.device)
+        fitted = fit_gate(self._samples(source), gate, self.settings, self.device)
+        if source < len(header.layers):
+            fitted.gate.reuse = self._fit_reuse(source)
+        return fitted
+
+    def _fit_reuse(self, layer: int) -> ReuseHead:
+        rows = self.settings.max_tokens or self.trace.num_tokens
+        scores = self.trace.scores(layer)[:rows, : self.header.layers[layer].num_experts]
+        return fit_reuse_head(
+            self.trace.inputs(layer)[:rows], scores, self.trace.chosen(layer)[:rows], self.settings.seed + layer
+        )
 
     def _described(self, source: int, fitted: FittedGate) -> AlignedSource:
         return AlignedSource(

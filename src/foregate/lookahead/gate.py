@@ -14,6 +14,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from foregate.lookahead.reuse import ReuseHead
+
 
 @dataclass(frozen=True)
 class GateLayer:
@@ -62,6 +64,7 @@ class LookaheadGate(nn.Module):
 
     def __init__(self, input_size: int, sizes: Sequence[int], top_k: Sequence[int], width: int) -> None:
         super().__init__()
+        self.reuse: ReuseHead | None = None  # of the source's own layer, once it is known
         self.sizes, self.top_k, self.width = tuple(sizes), tuple(top_k), width  # experts and k of each target
         outputs = sum(sizes)
         self.base = nn.Parameter(torch.zeros(outputs, input_size))
@@ -98,7 +101,7 @@ class LookaheadGate(nn.Module):
     @property
     def multiplications(self) -> int:
         """Multiply-adds a token."""
-        return self.base.numel() + self.down.numel() + self.up.numel()
+        return sum(p.numel() for p in self.parameters() if p.dim() == 2)
 
 
 def token_source(embedding: torch.Tensor) -> torch.Tensor:

@@ -17,6 +17,7 @@ from safetensors.torch import save
 
 from foregate.errors import ForegateError, first_line
 from foregate.lookahead.gate import GateLayer, LookaheadGate, Target, targets, token_source
+from foregate.lookahead.reuse import ReuseHead, UseHistory, used_experts
 
 FORMAT_VERSION = 1
 GATES_FILE = "lookahead.safetensors"
@@ -44,9 +45,11 @@ class GatesHeader:
     def new_gate(self, source: int) -> LookaheadGate:
         """A gate of the right shape for `source`, all zeros."""
         aims = [self.layers[target.layer] for target in targets(source, len(self.layers), self.horizon)]
-        return LookaheadGate(
-            self.input_size(source), [a.num_experts for a in aims], [a.top_k for a in aims], self.width
-        )
+        size = self.input_size(source)
+        gate = LookaheadGate(size, [a.num_experts for a in aims], [a.top_k for a in aims], self.width)
+        if source < len(self.layers):
+            gate.reuse = ReuseHead(size, self.layers[source].num_experts)
+        return gate
 
     def check_matches(self, layers: Sequence[Any], path: Path) -> None:
         """Raise ForegateError unless the gates fit a model with these MoE layers (module, num_experts, top_k)."""
@@ -86,10 +89,16 @@ class LookaheadGates:
     def reset(self) -> None:
         """Start a new sequence."""
         self._recent = [torch.zeros(layer.num_experts) for layer in self.header.layers]
+        self._history = [UseHistory(layer.num_experts) for layer in self.header.layers]
 
-    def observe(self, layer: int, scores: torch.Tensor) -> None:
-        """Note the router's scores of MoE layer `layer` for the newest token: float [num_experts or more]."""
-        self._recent[layer] = scores[: self.header.layers[layer].num_experts].float()
+    def observe(self, layer: int, scores: torch.Tensor, chosen: torch.Tensor) -> None:
+        """Note what the router of MoE layer `layer` did for the newest token.
+
+        scores: float [num_experts or more]; chosen: int [top_k], an index outside the experts is none.
+        """
+        experts = self.header.layers[layer].num_experts
+        self._recent[layer] = scores[:experts].float()
+        self._history[layer].observe(used_experts(chosen.long()[None], experts)[0])
 
     @torch.inference_mode()
     def predict(self, source: int, hidden: torch.Tensor) -> list[tuple[Target, torch.Tensor]]:
@@ -103,6 +112,15 @@ class LookaheadGates:
         recent = torch.cat([self._recent[target.layer] for target in self.targets[source]])
         parts = gate.probabilities(gate(hidden[None], recent[None]))
         return [(target, part[0]) for target, part in zip(self.targets[source], parts, strict=True)]
+
+    @torch.inference_mode()
+    def reuse(self, layer: int, hidden: torch.Tensor) -> torch.Tensor:
+        """float32 [windows, num_experts]: how probable it is that one of the next 1, 4 and 16 tokens uses the expert.
+
+        hidden: float32 [input_size], the router's input of MoE layer `layer`, whose call was observed.
+        """
+        features = self._history[layer].features(self._recent[layer])
+        return torch.sigmoid(self.gates[layer].reuse(hidden[None], features[None]))[0]
 
     def save(self, path: Path) -> None:
         """Write the gates whole or not at all; an existing file is replaced. Raises OSError."""

@@ -16,7 +16,7 @@ FEATURES = len(HALF_LIVES) + 2  # of each expert: decayed frequencies, time sinc
 NEVER = 1e4  # tokens: the age of an expert that was not used yet
 BLOCK = 256  # rows of the history computed at once
 ROWS, EPOCHS, BATCH, RATE = 131072, 4, 512, 3e-3
-LEAST_STEPS = 1000  # short traces are read more often
+LEAST_STEPS = 250  # short traces are read more often
 
 
 class UseHistory:
