@@ -2,7 +2,7 @@
 
 import threading
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -15,6 +15,9 @@ from foregate.memory.disk import DiskReader
 from foregate.memory.slots import SlotMemory
 from foregate.report import Recorder
 from foregate.schedule import Load, make_scheduler
+
+if TYPE_CHECKING:
+    from foregate.lookahead.live import LiveGates
 
 
 class Engine:
@@ -34,11 +37,16 @@ class Engine:
         self._reader = DiskReader(store, self._memory, readers)
         self._kernels: list[Kernel] = []  # one a layer
         self._prepared: dict[int, tuple[int, Any]] = {}  # slot -> (layer, the slot as that layer's kernel takes it)
+        self._gates: LiveGates | None = None
         self._lock = threading.Lock()
 
     def connect(self, modules: list[nn.Module]) -> None:
         """Tell the engine the model's experts modules, one a layer: they say how gate and up combine."""
         self._kernels = [self.kernel(module, self.exact) for module in modules]
+
+    def follow(self, gates: "LiveGates") -> None:
+        """Have the lookahead policy's scheduler told what these gates expect."""
+        self._gates = gates
 
     @property
     def direct_reads(self) -> bool:
@@ -73,6 +81,8 @@ class Engine:
         outputs = hidden.new_zeros(hidden.shape[0] * top_k, hidden.shape[1])
 
         self._record_routing(layer, waiting)
+        if self._gates is not None:
+            self._gates.routed(layer, top_k_index, self.scheduler)
         self._carry_out(self.scheduler.routed(layer, waiting))
         while waiting:
             ready = [expert for expert in waiting if self.scheduler.is_resident((layer, expert))]

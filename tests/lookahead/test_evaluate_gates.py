@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 import foregate
+from foregate.checkpoint.source import GATES_FILE
 from foregate.cli.main import main
 from foregate.config import AlignConfig
 from foregate.errors import ForegateError
@@ -20,7 +21,7 @@ from foregate.lookahead.baselines import by_previous_token, fit_probe, frequenci
 from foregate.lookahead.ceilings import InformedSamples, information_ceiling
 from foregate.lookahead.evaluate import GateEvaluation, judge_gates
 from foregate.lookahead.gate import untrained_gate
-from foregate.lookahead.gates import GATES_FILE, GatesHeader, LookaheadGates
+from foregate.lookahead.gates import GatesHeader, LookaheadGates
 from foregate.lookahead.samples import gate_layers, router_weights
 from foregate.lookahead.trace import Sequence, Trace, TraceHeader, TraceLayer, TraceText
 

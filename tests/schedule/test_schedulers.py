@@ -130,7 +130,7 @@ def test_a_layer_cannot_start_before_the_last_one_is_done() -> None:
 
 
 def test_unknown_policy_lists_the_known() -> None:
-    with pytest.raises(ForegateError, match="unknown policy best: choose one of demand, lru"):
+    with pytest.raises(ForegateError, match="unknown policy best: choose one of demand, lookahead, lru"):
         make_scheduler("best", 4)
 
 

@@ -13,7 +13,8 @@ from foregate.errors import ForegateError, first_line
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 STORE_MANIFEST = "foregate.json"
 # What travels into the store besides weights: configuration, tokenizer, chat template. Never code, never pickles.
-SIDE_FILES = ("*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken")
+GATES_FILE = "lookahead.safetensors"  # gates fit the model, whatever the store's bits
+SIDE_FILES = ("*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", GATES_FILE)
 NOT_SIDE_FILES = ("*.index.json", STORE_MANIFEST)
 
 
@@ -26,7 +27,7 @@ class Checkpoint:
     tensors: dict[str, TensorEntry]
 
     def side_files(self) -> list[Path]:
-        """Configuration, tokenizer and chat template files."""
+        """Configuration, tokenizer, chat template and lookahead gates."""
         found = {p for pattern in SIDE_FILES for p in self.path.glob(pattern) if p.is_file()}
         return sorted(p for p in found if not any(p.match(pattern) for pattern in NOT_SIDE_FILES))
 

@@ -9,7 +9,10 @@ import typer
 from foregate.config import EngineConfig, GenerateConfig
 
 NAME = "generate"
-POLICY_HELP = "What stays in memory: lru (least recently used leaves first) or demand (nothing is kept)."
+POLICY_HELP = (
+    "What stays in memory: lru (least recently used leaves first), lookahead (what the gates expect stays) or demand "
+    "(nothing is kept)."
+)
 MEMORY_HELP = "A share of the experts (25%), or bytes for backbone and experts together (8GiB)."
 
 THREADS_HELP = "Threads that compute; 0 is one per core."

@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load_file, save
 
 from foregate import __version__
+from foregate.checkpoint.source import GATES_FILE
 from foregate.checkpoint.store import Store
 from foregate.checkpoint.workspace import PartialFolder, io_error
 from foregate.config import AlignConfig, EngineConfig, TraceConfig
@@ -24,14 +25,14 @@ from foregate.errors import ForegateError
 from foregate.kernels import set_threads
 from foregate.lookahead.fit import FittedGate, fit_gate
 from foregate.lookahead.gate import LookaheadGate, untrained_gate
-from foregate.lookahead.gates import GATES_FILE, GatesHeader, LookaheadGates
+from foregate.lookahead.gates import GatesHeader, LookaheadGates
 from foregate.lookahead.reuse import ReuseHead, fit_reuse_head
 from foregate.lookahead.samples import SourceSamples, gate_layers, router_weights
 from foregate.lookahead.trace import Trace
 
 LARGEST_WIDTH = 4096
 MAX_THREADS = 256
-WIDTH_STEP = 8
+WIDTH_STEP = 4
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,7 @@ def align(
 def default_width(header: GatesHeader, backbone_parameters: int) -> int:
     """The widest MLP with which all gates learn at most AlignConfig.share of the backbone's parameters.
 
-    A multiple of 8, at least 8 and at most AlignConfig.max_width. header: its own width is ignored.
+    A multiple of 4, at least 4 and at most AlignConfig.max_width. header: its own width is ignored.
     """
     without, each = 0, 0
     for source in range(len(header.layers) + 1):

@@ -14,13 +14,14 @@ from typing import Any
 
 import torch
 
+from foregate.checkpoint.source import GATES_FILE
 from foregate.checkpoint.store import Store
 from foregate.config import AlignConfig, EngineConfig, EvaluateGatesConfig, TraceConfig
 from foregate.errors import ForegateError
 from foregate.kernels import set_threads
 from foregate.lookahead.baselines import CHUNK_ROWS, Probe, by_next_router, by_previous_token, fit_probe, frequencies
 from foregate.lookahead.gate import LookaheadGate, Target, untrained_gate
-from foregate.lookahead.gates import GATES_FILE, GatesHeader, LookaheadGates
+from foregate.lookahead.gates import GatesHeader, LookaheadGates
 from foregate.lookahead.samples import SourceSamples, gate_layers, router_weights
 from foregate.lookahead.scores import (
     CEILING,

@@ -20,7 +20,6 @@ from foregate.lookahead.gate import GateLayer, LookaheadGate, Target, targets, t
 from foregate.lookahead.reuse import ReuseHead, UseHistory, used_experts
 
 FORMAT_VERSION = 1
-GATES_FILE = "lookahead.safetensors"
 TOKEN_SOURCE = "token"
 
 

@@ -12,19 +12,22 @@ from transformers import GenerationConfig, PreTrainedModel
 from transformers.utils import logging
 
 from foregate.checkpoint.architecture import Architecture, inspect_architecture
-from foregate.checkpoint.source import load_config
+from foregate.checkpoint.source import GATES_FILE, load_config
 from foregate.checkpoint.store import MatrixInfo, Store
 from foregate.checkpoint.tensors import TensorEntry, read_header
 from foregate.config import EngineConfig
 from foregate.engine import Engine
 from foregate.errors import ForegateError, first_line
 from foregate.kernels import set_threads
+from foregate.lookahead.gates import LookaheadGates
+from foregate.lookahead.live import LiveGates
 from foregate.memory.budget import divide
 from foregate.memory.process import return_unused_memory
 from foregate.model.experts import streamed_experts
 from foregate.model.linear import read_matrices, with_quantized_linears
 
 MAX_THREADS = 256
+LOOKAHEAD = "lookahead"  # the policy that listens to gates
 _BUILDING = threading.Lock()  # class names are swapped while a model is built
 
 
@@ -41,7 +44,7 @@ def load(
     """Load a store as a transformers model whose experts are read on demand.
 
     memory: a share of the experts ("25%") or bytes ("8GiB", 8589934592) for backbone and experts together. policy:
-    "lru" or "demand". readers: threads that read. threads: threads that compute, for the whole process; 0 is one
+    "lru", "demand" or "lookahead", which needs gates in the store. readers: threads that read. threads: threads that compute, for the whole process; 0 is one
     per core. kernel: "auto", "cpu" (native) or "reference" (PyTorch). exact: keep activations in float32 where the native
     kernel would round them to int8, with quantized experts. Computation is on the CPU. The result is an ordinary model: `generate`, pipelines and
     evaluation harnesses work on it; its `foregate` attribute is the engine. Raises ForegateError on a damaged store, a
@@ -55,10 +58,13 @@ def load(
     if threads:
         set_threads(threads)
     budget = divide(str(memory), opened, _backbone_bytes(opened, architecture))
+    gates = LookaheadGates.load(opened.path / GATES_FILE, opened.layers) if policy == LOOKAHEAD else None
     engine = Engine(opened, budget, policy=policy, readers=readers, kernel=kernel, exact=exact)
     try:
         model = _build_backbone(opened, architecture)
         _connect(model, opened, engine)
+        if gates is not None:
+            engine.follow(LiveGates(gates, model, opened.layers))
     except BaseException:
         engine.close()
         raise

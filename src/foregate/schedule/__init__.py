@@ -3,9 +3,14 @@
 from foregate.errors import ForegateError
 from foregate.schedule.base import ExpertKey, Load, Scheduler
 from foregate.schedule.demand import DemandScheduler
+from foregate.schedule.lookahead import LookaheadScheduler
 from foregate.schedule.lru import LruScheduler
 
-POLICIES: dict[str, type[Scheduler]] = {"demand": DemandScheduler, "lru": LruScheduler}
+POLICIES: dict[str, type[Scheduler]] = {
+    "demand": DemandScheduler,
+    "lru": LruScheduler,
+    "lookahead": LookaheadScheduler,
+}
 
 
 def make_scheduler(policy: str, slots: int) -> Scheduler:
