@@ -41,6 +41,8 @@ class Result:
         self.name: str = self.rows["model"]["checkpoint"]
         self.width: int = self.rows["model"]["default_width"]
         self.layers = LAYERS[self.name]
+        for row in self.rows["tokens"]:
+            row["width"] = "default" if row["width"] == self.width else row["width"]
 
     def select(self, kind: str, **wanted: Any) -> list[Row]:
         return [row for row in self.rows[kind] if all(row[key] == value for key, value in wanted.items())]

@@ -30,17 +30,18 @@ TEXT = (
     "It was the best of times, it was the worst of times, it was the age of wisdom, it was the age of foolishness. " * 4
 )
 SMALL = {"horizon": 2, "width": 8, "threads": 1}
+SLOW = pytest.mark.slow  # kept out of the quick suite for their number only
 FAMILIES = (
     "mixtral",
     "qwen2_moe",  # shared expert
     "deepseek_v3",  # sigmoid, correction bias, groups, shared expert, dense first layer
-    "glm4_moe",
+    pytest.param("glm4_moe", marks=SLOW),
     "gpt_oss",  # bias
-    "granitemoe",
-    "phimoe",  # no RMS norm
-    "lfm2_moe",
+    pytest.param("granitemoe", marks=SLOW),
+    pytest.param("phimoe", marks=SLOW),  # no RMS norm
+    pytest.param("lfm2_moe", marks=SLOW),
     "gemma4_text",  # a router that is not linear
-    "deepseek_v4",  # one layer's experts are looked up by token
+    pytest.param("deepseek_v4", marks=SLOW),  # one layer's experts are looked up by token
 )
 
 
