@@ -223,12 +223,12 @@ def test_the_default_width_keeps_to_its_share() -> None:
     header = GatesHeader(layers, 256, 3, 0, {})
     for parameters in (2_783_488, 6_000_000):
         width = default_width(header, parameters)
-        assert width % 8 == 0
-        for sign, size in ((-1, width), (1, width + 8)):
+        assert width % 4 == 0
+        for sign, size in ((-1, width), (1, width + 4)):
             gates = [replace(header, width=size).new_gate(source) for source in range(13)]
             learned = sum(gate.learned_parameters + 3 * 256 for gate in gates)
             assert sign * learned > sign * 0.05 * parameters
-    assert default_width(header, 1000) == 8
+    assert default_width(header, 1000) == 4
     assert default_width(header, 10**12) == AlignConfig.max_width
 
 
