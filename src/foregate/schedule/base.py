@@ -25,6 +25,8 @@ class Load:
 
     key: ExpertKey
     slot: int
+    demand: bool = True  # needed now; otherwise a prefetch
+    back: ExpertKey | None = None  # a record that must go over the link first
 
 
 class Scheduler(ABC):
