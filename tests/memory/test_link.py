@@ -390,13 +390,12 @@ def test_close_later_does_not_wait_for_a_disk_that_hangs(opened: Store, make_lin
 # -- pacing -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("readers", [1, 2])
-def test_a_paced_link_is_as_fast_as_it_is_set(opened: Store, make_link: MakeLink, readers: int) -> None:
+def test_a_paced_link_is_as_fast_as_it_is_set(opened: Store, make_link: MakeLink) -> None:
     """All records in 0.6 s: never faster, and within 3 % unless this machine is too busy to wake a thread in time."""
     bandwidth = opened.experts_bytes / 0.6
     rates = []
     for _ in range(4):
-        link, listener = make_link(readers=readers, bandwidth=bandwidth)
+        link, listener = make_link(bandwidth=bandwidth)
         start = time.perf_counter()
         for slot, key in enumerate(records_of(opened)):
             link.submit(Load(key, slot))
