@@ -189,6 +189,7 @@ class Engine:
             match action:
                 case Load():
                     self._link.submit(action)
+                    self._in_flight += 1
                 case Hurry():
                     self._link.hurry(action.key)
                 case Cancel():
@@ -199,6 +200,7 @@ class Engine:
         with self._state:
             if memory is not self._memory:
                 return  # the answer of a link that was given up
+            self._in_flight -= 1
             self.recorder.loaded(finished.key[0], finished.nbytes)
             now = time.perf_counter()
             if finished.error is not None:
@@ -210,6 +212,7 @@ class Engine:
             self._state.notify_all()
 
     def _open_link(self) -> Link:
+        self._in_flight = 0  # loads whose end was not heard of yet
         memory = self._memory = SlotMemory(self.scheduler.slots, self.budget.slot_bytes)
         return Link(
             self.store,
@@ -232,7 +235,7 @@ class Engine:
             self._failure = self._failure or ForegateError("this run was given up")  # nothing new is started
             for key in self.scheduler.in_flight():
                 self._link.cancel(key)
-            idle = self._state.wait_for(lambda: not self._link.in_flight, WAIT_SECONDS)
+            idle = self._state.wait_for(lambda: not self._in_flight, WAIT_SECONDS)
             self.scheduler, self._failure = self._new_scheduler(), None
             self._prepared.clear()
             if not idle:  # the disk hangs
