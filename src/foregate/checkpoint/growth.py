@@ -131,7 +131,9 @@ def _size(option: str, name: str, small: int, wide: int) -> Size:
     if wide < small or wide % small:
         below = max(small, wide // small * small)
         nearest = f"{below} or {below + small}" if wide > small else f"{small}"
-        raise ForegateError(f"{option} {wide} is not a multiple of the model's {name} {small}: the nearest is {nearest}")
+        raise ForegateError(
+            f"{option} {wide} is not a multiple of the model's {name} {small}: the nearest is {nearest}"
+        )
     return Size(name, small, wide)
 
 

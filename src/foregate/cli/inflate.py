@@ -27,4 +27,6 @@ def run(
         path = inflate(source, destination, hidden=hidden, ffn=ffn, progress=progress)
     files = sorted(path.glob("*-of-*.safetensors"))
     size = sum(file.stat().st_size for file in files)
-    print(f"{path}: {size / 2**20:.1f} MiB in {len(files)} files, in {time.perf_counter() - start:.1f} s")
+    print(
+        f"{path}: {size / 2**20:.1f} MiB in {len(files)} file{'s' * (len(files) > 1)}, in {time.perf_counter() - start:.1f} s"
+    )
