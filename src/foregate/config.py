@@ -13,6 +13,13 @@ class ConvertConfig:
 
 
 @dataclass(frozen=True)
+class InflateConfig:
+    """How an inflated checkpoint is written."""
+
+    shard_bytes: int = 2 << 30  # of tensors in one file
+
+
+@dataclass(frozen=True)
 class EngineConfig:
     """How a store is run."""
 
