@@ -3,6 +3,7 @@
 import threading
 import time
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
@@ -15,7 +16,7 @@ from foregate.memory.budget import Budget
 from foregate.memory.link import Finished, Link
 from foregate.memory.slots import SlotMemory
 from foregate.report import Recorder
-from foregate.schedule import Action, Cancel, Hurry, Load, Prediction, Route, Scheduler, Shape, make_scheduler
+from foregate.schedule import Action, Call, Cancel, Hurry, Load, Prediction, Route, Scheduler, Shape, make_scheduler
 
 WAIT_SECONDS = 120.0  # a link that finishes nothing for so long is reported, not waited for
 
@@ -61,6 +62,8 @@ class Engine:
         self._state = threading.Condition()  # signalled when a load has ended
         self._failure: BaseException | None = None
         self._closed = False
+        self._calls: list[Call] | None = None
+        self._before: Prediction | None = None  # of the next call
         self.scheduler = self._new_scheduler()
         self._link = self._open_link()
 
@@ -87,9 +90,15 @@ class Engine:
         """Whether the policy has use for predictions now."""
         return self.scheduler.wants_predictions()
 
+    def record_calls(self) -> list[Call]:
+        """From now on every call of a layer is added to this list, with what was predicted around it."""
+        self._calls = []
+        return self._calls
+
     def expect(self, prediction: Prediction) -> None:
         """Pass on a prediction that came from elsewhere than a layer's router, such as a sampled token's embedding."""
         with self._state:
+            self._note(prediction)
             self._carry_out(self.scheduler.predicted(prediction, time.perf_counter()))
 
     def run_layer(
@@ -140,6 +149,9 @@ class Engine:
                 raise ForegateError("this model was closed: load it again")
             resident = self._resident(layer, experts)
             self.recorder.routed(layer, len(resident), len(experts) - len(resident))
+            if self._calls is not None:
+                self._calls.append(Call(layer, tuple(experts), tokens, before=self._before))
+                self._before = None
             self._carry_out(self.scheduler.routed(layer, experts, time.perf_counter(), tokens))
 
     def _predict(self, layer: int, chosen: torch.Tensor) -> None:
@@ -148,6 +160,12 @@ class Engine:
         self._predictor.routed(layer, chosen)
         if self.listens and (prediction := self._predictor.predict(layer)):
             self.expect(prediction)
+
+    def _note(self, prediction: Prediction) -> None:
+        if self._calls is not None and prediction.token:
+            self._before = prediction
+        elif self._calls:
+            self._calls[-1] = replace(self._calls[-1], after=prediction)
 
     def _await_resident(self, layer: int, waiting: Iterable[int]) -> list[int]:
         """Those of the experts that can be computed now; waits until there is one."""

@@ -7,18 +7,7 @@ first; a demand load that comes while a prefetch is at work waits for the end of
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
-from foregate.schedule import Action, Cancel, ExpertKey, Hurry, Load, Prediction, Scheduler
-
-
-@dataclass(frozen=True)
-class Call:
-    """One call of a MoE layer, as a trace or a run has recorded it."""
-
-    layer: int
-    experts: tuple[int, ...]  # distinct
-    tokens: int = 1
-    before: Prediction | None = None  # known before the layer runs: from the sampled token
-    after: Prediction | None = None  # by the gate that reads the layer's router input
+from foregate.schedule import Action, Call, Cancel, ExpertKey, Hurry, Load, Prediction, Scheduler
 
 
 @dataclass(frozen=True)

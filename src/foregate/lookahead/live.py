@@ -52,7 +52,7 @@ class LiveGates:
 
     def routed(self, layer: int, chosen: torch.Tensor) -> None:
         """The router of `layer`, just watched, chose these experts: int [tokens, top_k]."""
-        hidden, scores = self._input[layer]
+        scores = self._input[layer][1]
         experts, history = len(self._recent[layer]), self._history[layer]
         for row in chosen[-HISTORY_TOKENS:].tolist():
             history.observe([expert for expert in row if 0 <= expert < experts])
@@ -116,9 +116,14 @@ class PackedGate:
         products = self._product(hidden).numpy()
         logits = products[:, : self._logits] + self._bias
         if self._inner:
-            inner = products[:, self._logits : self._logits + self._inner] + (self._down_recent @ recent + self._down_bias)
+            inner = products[:, self._logits : self._logits + self._inner] + (
+                self._down_recent @ recent + self._down_bias
+            )
             logits += _silu(inner) @ self._up.T
-        parts = [self._chosen(logits[:, end - size : end], n) for n, (size, end) in enumerate(zip(self._sizes, self._ends, strict=True))]
+        parts = [
+            self._chosen(logits[:, end - size : end], n)
+            for n, (size, end) in enumerate(zip(self._sizes, self._ends, strict=True))
+        ]
         if self._reuse is None or features is None:
             return parts, None
         bias, up, up_bias, shared = self._reuse

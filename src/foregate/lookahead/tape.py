@@ -1,7 +1,5 @@
 """From a trace and a model's gates to the calls a scheduler would have seen, had the tokens been decoded one by one."""
 
-from collections.abc import Iterator
-
 import torch
 
 from foregate.lookahead.gate import token_source
@@ -9,8 +7,7 @@ from foregate.lookahead.gates import LookaheadGates
 from foregate.lookahead.metrics import chosen_mask
 from foregate.lookahead.reuse import history_features
 from foregate.lookahead.trace import Trace
-from foregate.schedule import Prediction
-from foregate.simulate import Call
+from foregate.schedule import Call, Prediction
 
 
 @torch.inference_mode()

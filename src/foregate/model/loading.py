@@ -3,7 +3,7 @@
 import contextlib
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -26,6 +26,7 @@ from foregate.memory.budget import divide
 from foregate.memory.process import return_unused_memory
 from foregate.model.experts import streamed_experts
 from foregate.model.linear import read_matrices, with_quantized_linears
+from foregate.schedule import BOUNDS, Route
 
 MAX_THREADS = 256
 AUTO, LOOKAHEAD, LRU, MIXTRAL_OFFLOADING = "auto", "lookahead", "lru", "mixtral-offloading"
@@ -42,13 +43,16 @@ def load(
     kernel: str = EngineConfig.kernel,
     exact: bool = EngineConfig.exact,
     link_bandwidth: float | None = EngineConfig.link_bandwidth,
+    gates: LookaheadGates | None = None,
+    future: Sequence[Route] | None = None,
 ) -> PreTrainedModel:
     """Load a store as a transformers model whose experts are read on demand.
 
     memory: a share of the experts ("25%") or bytes ("8GiB", 8589934592) for backbone and experts together. policy:
     "lookahead", which needs gates in the store, "lru", "demand", "mixtral-offloading", "mixtral-offloading-code", or
     "auto": lookahead where the store has gates, otherwise lru. link_bandwidth: bytes/s, to read as if from a slower
-    disk. readers: threads that read. threads: threads that compute, for the whole process; 0 is one
+    disk. gates: to use instead of the store's, also by mixtral-offloading, which otherwise guesses with the next layer's
+    router. future: every call of a layer to come, for the bounds of foregate.schedule.BOUNDS. readers: threads that read. threads: threads that compute, for the whole process; 0 is one
     per core. kernel: "auto", "cpu" (native) or "reference" (PyTorch). exact: keep activations in float32 where the native
     kernel would round them to int8, with quantized experts. Computation is on the CPU. The result is an ordinary model: `generate`, pipelines and
     evaluation harnesses work on it; its `foregate` attribute is the engine. Raises ForegateError on a damaged store, a
@@ -64,9 +68,17 @@ def load(
     budget = divide(str(memory), opened, _backbone_bytes(opened, architecture))
     if policy == AUTO:
         policy = LOOKAHEAD if (opened.path / GATES_FILE).is_file() else LRU
-    gates = LookaheadGates.load(opened.path / GATES_FILE, opened.layers) if policy == LOOKAHEAD else None
+    if gates is None and (policy == LOOKAHEAD or policy in BOUNDS):
+        gates = LookaheadGates.load(opened.path / GATES_FILE, opened.layers)
     engine = Engine(
-        opened, budget, policy=policy, readers=readers, kernel=kernel, exact=exact, link_bandwidth=link_bandwidth
+        opened,
+        budget,
+        policy=policy,
+        readers=readers,
+        kernel=kernel,
+        exact=exact,
+        link_bandwidth=link_bandwidth,
+        future=future,
     )
     try:
         model = _build_backbone(opened, architecture)

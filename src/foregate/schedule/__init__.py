@@ -3,14 +3,23 @@
 from collections.abc import Sequence
 
 from foregate.errors import ForegateError
-from foregate.schedule.base import Action, Cancel, ExpertKey, Hurry, Load, Prediction, Scheduler, Shape
-from foregate.schedule.clairvoyant import ClairvoyantHorizonScheduler, ClairvoyantScheduler, Route
+from foregate.schedule.base import Action, Call, Cancel, ExpertKey, Hurry, Load, Prediction, Scheduler, Shape
+from foregate.schedule.clairvoyant import (
+    ClairvoyantHorizonScheduler,
+    ClairvoyantScheduler,
+    PatientClairvoyantScheduler,
+    Route,
+)
 from foregate.schedule.demand import DemandScheduler
 from foregate.schedule.lookahead import LookaheadScheduler
 from foregate.schedule.lru import LruScheduler
 from foregate.schedule.mixtral_offloading import MixtralOffloadingCodeScheduler, MixtralOffloadingScheduler
 
-BOUNDS = {"clairvoyant": ClairvoyantScheduler, "clairvoyant-horizon": ClairvoyantHorizonScheduler}
+BOUNDS: dict[str, type[ClairvoyantScheduler | ClairvoyantHorizonScheduler]] = {
+    "clairvoyant": ClairvoyantScheduler,
+    "clairvoyant-patient": PatientClairvoyantScheduler,
+    "clairvoyant-horizon": ClairvoyantHorizonScheduler,
+}
 POLICIES: dict[str, type[Scheduler]] = {
     "demand": DemandScheduler,
     "lru": LruScheduler,
@@ -27,11 +36,27 @@ def make_scheduler(policy: str, slots: int, shape: Shape, future: Sequence[Route
     """
     if policy in BOUNDS:
         if future is None:
-            raise ForegateError(f"policy {policy} must know the future: it runs in foregate simulate and foregate bench")
+            raise ForegateError(
+                f"policy {policy} must know the future: it runs in foregate simulate and foregate bench"
+            )
         return BOUNDS[policy](slots, shape, future)
     if policy not in POLICIES:
         raise ForegateError(f"unknown policy {policy}: choose one of {', '.join(sorted(POLICIES))}")
     return POLICIES[policy](slots, shape)
 
 
-__all__ = ["BOUNDS", "POLICIES", "Action", "Cancel", "ExpertKey", "Hurry", "Load", "Prediction", "Route", "Scheduler", "Shape", "make_scheduler"]
+__all__ = [
+    "BOUNDS",
+    "POLICIES",
+    "Action",
+    "Call",
+    "Cancel",
+    "ExpertKey",
+    "Hurry",
+    "Load",
+    "Prediction",
+    "Route",
+    "Scheduler",
+    "Shape",
+    "make_scheduler",
+]

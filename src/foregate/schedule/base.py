@@ -79,6 +79,17 @@ class Prediction:
     seconds: float = 0.0  # that predicting took
 
 
+@dataclass(frozen=True)
+class Call:
+    """One call of a MoE layer and what was known around it: what a run records and the simulator repeats."""
+
+    layer: int
+    experts: tuple[int, ...]  # distinct, in the order in which they were asked for
+    tokens: int = 1
+    before: Prediction | None = None  # from the sampled token, before the first layer
+    after: Prediction | None = None  # by the gate that reads the layer's router input
+
+
 @dataclass
 class Prefetches:
     """What became of prefetches, in records."""
@@ -97,6 +108,7 @@ class Scheduler(ABC):
     """
 
     extra_slots = 0  # beyond the budget, for a policy that was published with buffers of its own
+    one_pool = True  # every slot serves every layer
 
     def __init__(self, slots: int, shape: Shape) -> None:
         if slots < 1:
@@ -197,7 +209,8 @@ class Scheduler(ABC):
         assert len(self._queue) == len(set(self._queue)), "a record is queued twice"
         assert self._needed <= self._slot_of.keys() | set(self._queue), "a routed expert is forgotten"
         assert not self._dropping & (self._needed - set(self._queue)), "a needed load was cancelled and not queued"
-        assert not self._queue or not self._free, "a demand load waits beside a free slot"
+        waiting = set(self._queue) - self._dropping
+        assert not waiting or not self._free or not self.one_pool, "a demand load waits beside a free slot"
 
     # -- what a policy decides ------------------------------------------------------------------------------------
 

@@ -1,7 +1,9 @@
-"""The bounds. `clairvoyant` knows every choice to come, `clairvoyant-horizon` only those that the gates are asked for.
+"""The bounds. Two know every choice to come, `clairvoyant-horizon` only those that the gates are asked for.
 
 `clairvoyant` evicts the record whose next use is farthest (Belady) and fetches the next one that will be missed whenever the link has
-room, unless that would evict a record needed before it ("do no harm"; Cao, Felten, Karlin and Li, 1995).
+room, unless that would evict a record needed before it ("aggressive" prefetch; Cao, Felten, Karlin and Li, 1995).
+`clairvoyant-patient` waits for Belady's own victim ("conservative"): fewer loads, later. Where the link bounds that is
+the better of the two; the bound of a case is what the better one reaches.
 """
 
 from collections.abc import Sequence
@@ -58,15 +60,26 @@ class ClairvoyantScheduler(Scheduler):
 
     def prefetch_slot(self, key: ExpertKey) -> int | None:
         if not self._free:
-            victim = self.victim()
+            victim = self._victim_for_prefetch()
             if victim is None or self._next_use(victim) <= self._searched:
                 return None
             self._evict(victim)
         return self._free.pop()
 
-    def _next_use(self, key: ExpertKey) -> int:
-        uses = self._uses.get(key)
-        return uses[-1] if uses else NEVER
+    def _victim_for_prefetch(self) -> ExpertKey | None:
+        return self.victim()
+
+    def _next_use(self, key: ExpertKey, after: int = -1) -> int:
+        """The first call after `after` that uses the record."""
+        return next((use for use in reversed(self._uses.get(key, ())) if use > after), NEVER)
+
+
+class PatientClairvoyantScheduler(ClairvoyantScheduler):
+    """`clairvoyant-patient`: evicts for a prefetch what Belady would evict when the record is used."""
+
+    def _victim_for_prefetch(self) -> ExpertKey | None:
+        farthest = max(self._slot_of, key=lambda key: self._next_use(key, self._searched))
+        return farthest if self.evictable(farthest) else None  # still in use before: it goes a moment later
 
 
 class ClairvoyantHorizonScheduler(LookaheadScheduler):

@@ -1,5 +1,6 @@
 """What the lookahead policy learns while it runs: when experts come back, whom to believe, and what time costs."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -9,6 +10,7 @@ from foregate.schedule.base import Shape
 WINDOWS = (1, 4, 16)  # tokens ahead, of the reuse heads
 HALF_LIFE = 32.0  # tokens, of the decayed frequency
 LONGEST = 4096.0  # tokens: every expert is expected to return within
+CERTAIN = 0.999  # no use is more probable than this
 BINS = 8  # of probability
 PRIOR = 32.0  # predictions: how much a probability as given is worth against what was observed
 FADE = 0.998  # of what was observed, a layer call
@@ -71,22 +73,33 @@ class Pace:
 
 
 class Calibration:
-    """Turns probabilities as given into what was observed, by horizon: useless predictions become the base rate."""
+    """Turns probabilities as given into what was observed, by horizon: useless predictions become the base rate.
+
+    A *cell* is a horizon and a range of probability.
+    """
 
     def __init__(self, horizons: int) -> None:
-        self._given, self._came = np.zeros((horizons, BINS)), np.zeros((horizons, BINS))
+        self._given, self._came = np.zeros(horizons * BINS), np.zeros(horizons * BINS)
 
-    def correct(self, probabilities: np.ndarray, horizon: int) -> np.ndarray:
-        """float [experts]: the same predictions as they have turned out so far."""
-        bins = _bins(probabilities)
-        given, came = self._given[horizon], self._came[horizon]
-        return (came[bins] + PRIOR * probabilities) / (given[bins] + PRIOR)
+    def correct(self, given: Sequence[np.ndarray], first: int) -> list[tuple[np.ndarray, np.ndarray]]:
+        """For each prediction, of horizons first, first + 1 ...: how it has turned out so far, and its cells.
 
-    def learn(self, probabilities: np.ndarray, horizon: int, chosen: np.ndarray) -> None:
-        """probabilities as they were given; chosen: float [experts], 1 where it came true."""
-        bins = _bins(probabilities)
-        self._given[horizon] = FADE * self._given[horizon] + np.bincount(bins, minlength=BINS)
-        self._came[horizon] = FADE * self._came[horizon] + np.bincount(bins, chosen, BINS)
+        given: float [experts] each; both results are of that shape.
+        """
+        flat = np.concatenate(given)
+        sizes = [len(part) for part in given]
+        cells = (flat * (BINS - 1e-4)).astype(np.intp) + np.repeat(np.arange(first, first + len(given)) * BINS, sizes)
+        likely = (self._came[cells] + PRIOR * flat) / (self._given[cells] + PRIOR)
+        ends = np.cumsum(sizes).tolist()
+        return [(likely[end - size : end], cells[end - size : end]) for size, end in zip(sizes, ends, strict=True)]
+
+    def learn(self, cells: Sequence[np.ndarray], chosen: np.ndarray) -> None:
+        """cells: of all predictions for one call; chosen: float [experts], 1 where it came true."""
+        flat = np.concatenate(cells)
+        self._given *= FADE
+        self._came *= FADE
+        self._given += np.bincount(flat, minlength=len(self._given))
+        self._came += np.bincount(flat, np.concatenate([chosen] * len(cells)), len(self._came))
 
 
 class ReuseEstimate:
@@ -97,12 +110,15 @@ class ReuseEstimate:
     """
 
     def __init__(self, shape: Shape) -> None:
-        self._rate = np.array([[k / n] * max(shape.experts) for n, k in zip(shape.experts, shape.top_k, strict=True)])
+        self._rate = [np.full(n, k / n) for n, k in zip(shape.experts, shape.top_k, strict=True)]
         self._decay = 0.5 ** (1 / HALF_LIFE)
         self._heads: dict[int, np.ndarray] = {}  # layer -> what its reuse head said of the next call
         self._head_error, self._rate_error = Average(FADE), Average(FADE)
-        self.soon = np.minimum(self._rate, 0.999)
-        self.passes = 1 / self._rate - 1
+        self.soon = np.zeros((shape.layers, max(shape.experts)))
+        self.passes = np.full(self.soon.shape, LONGEST)
+        for layer, rate in enumerate(self._rate):
+            self.soon[layer, : len(rate)] = np.minimum(rate, CERTAIN)
+            self.passes[layer, : len(rate)] = 1 / rate - 1
 
     @property
     def source(self) -> str:
@@ -112,18 +128,19 @@ class ReuseEstimate:
         """chosen: float [experts], 1 where the call used the expert."""
         head = self._heads.pop(layer, None)
         if head is not None and tokens == 1:
-            self._head_error.add(float(np.square(head - chosen[: len(head)]).mean()))
-            self._rate_error.add(float(np.square(self._rate[layer] - chosen).mean()))
-        self._rate[layer] += (1 - self._decay) * (chosen - self._rate[layer])
-        self.soon[layer] = np.minimum(self._rate[layer], 0.999)
-        self.passes[layer] = 1 / np.maximum(self._rate[layer], 1 / LONGEST) - 1
+            self._head_error.add(_mean_square(head - chosen))
+            self._rate_error.add(_mean_square(self._rate[layer] - chosen))
+        rate = self._rate[layer]
+        rate += (1 - self._decay) * (chosen - rate)
+        self.soon[layer, : len(rate)] = np.minimum(rate, CERTAIN)
+        self.passes[layer, : len(rate)] = 1 / np.maximum(rate, 1 / LONGEST) - 1
 
     def predicted(self, layer: int, reuse: np.ndarray) -> None:
         """reuse: float [windows, experts], the probabilities of a use within WINDOWS tokens."""
         soon, passes = tokens_passing(reuse)
         self._heads[layer] = soon
         if self._head_error.value <= self._rate_error.value:
-            self.soon[layer, : len(soon)], self.passes[layer, : len(soon)] = np.minimum(soon, 0.999), passes
+            self.soon[layer, : len(soon)], self.passes[layer, : len(soon)] = np.minimum(soon, CERTAIN), passes
 
 
 def tokens_passing(reuse: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -179,5 +196,5 @@ class Worth:
         return {"listening": self.listening, "tokens": self._tokens, "tokens_without_gates": self._rested}
 
 
-def _bins(probabilities: np.ndarray) -> np.ndarray:
-    return (probabilities * (BINS - 1e-4)).astype(np.intp)
+def _mean_square(values: np.ndarray) -> float:
+    return float(values @ values) / len(values)

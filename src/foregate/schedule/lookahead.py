@@ -23,12 +23,13 @@ class LookaheadScheduler(Scheduler):
         super().__init__(slots, shape)
         layers, size = range(shape.layers), (shape.layers, max(shape.experts))
         self._distance = np.array([[(layer - at - 1) % shape.layers + 1.0 for layer in layers] for at in layers])
-        self._absent, self._evictable = np.zeros(size, bool), np.zeros(size, bool)
-        for layer, experts in enumerate(shape.experts):
-            self._absent[layer, :experts] = True
-        self._time = np.zeros(size)  # expected layer calls until the next use
+        self._evictable = np.zeros(size, bool)
         self._likely = np.zeros(size)  # probability of a use by the layer's next call, where gates have spoken
-        self._ahead: dict[int, list[tuple[int, np.ndarray]]] = {}  # layer -> (horizon, what a gate said of its next call)
+        self._ahead: dict[
+            int, list[np.ndarray]
+        ] = {}  # layers whose next call gates have spoken of -> calibration cells
+        self._candidates: list[ExpertKey] = []  # worth a prefetch, the next one last
+        self._time: np.ndarray | None = None  # expected layer calls until the next use; None: not up to date
         self._reuse = ReuseEstimate(shape)
         self._calibration = Calibration(2 * shape.layers)  # the token source has horizons of its own
         self._pace, self._worth = Pace(), Worth()
@@ -38,18 +39,15 @@ class LookaheadScheduler(Scheduler):
 
     def routed(self, layer: int, experts: Iterable[int], now: float = 0.0, tokens: int = 1) -> list[Action]:
         experts = list(experts)
-        chosen = np.zeros(self._time.shape[1])
-        chosen[experts] = 1.0
-        self._layer = layer
+        self._layer, self._time = layer, None
         self._pace.layer_call(now)
         if layer == 0:
             self._worth.next_token()
-        self._learn(layer, chosen, tokens)
+        self._learn(layer, experts, tokens)
         self._evictable[layer, experts] = False
-        self._estimate()
-        stale = [key for key, demand in self._loading.items() if key[0] == layer and not demand and not chosen[key[1]]]
+        self._candidates = [key for key in self._candidates if key[0] != layer]
+        actions = self._give_up_stale(layer, set(experts))
         in_time, late = self.prefetches.in_time, self.prefetches.late
-        actions = self.cancel([key for key in stale if key not in self._dropping])
         actions += super().routed(layer, experts, now, tokens)
         saved = (self.prefetches.in_time - in_time) + (self.prefetches.late - late) / 2
         self._worth.saved(saved * self._pace.load_seconds)
@@ -60,10 +58,12 @@ class LookaheadScheduler(Scheduler):
         if prediction.reuse is not None:
             self._reuse.predicted(prediction.layer, prediction.reuse)
         first = self.shape.layers if prediction.token else 0
-        for horizon, (target, probabilities) in enumerate(prediction.ahead, first):
-            self._likely[target, : len(probabilities)] = self._calibration.correct(probabilities, horizon)
-            self._ahead.setdefault(target, []).append((horizon, probabilities))
-        self._estimate()
+        corrected = self._calibration.correct([given for _, given in prediction.ahead], first)
+        for (target, given), (likely, cells) in zip(prediction.ahead, corrected, strict=True):
+            self._likely[target, : len(given)] = likely
+            self._ahead.setdefault(target, []).append(cells)
+        self._time = None
+        self._candidates = self._worth_fetching()
         return self._go_on(now)
 
     def arrived(self, key: ExpertKey, seconds: float = 0.0, now: float = 0.0) -> list[Action]:
@@ -93,45 +93,60 @@ class LookaheadScheduler(Scheduler):
     # -- decisions ------------------------------------------------------------------------------------------------
 
     def victim(self) -> ExpertKey | None:
-        index = int(np.argmax(np.where(self._evictable, self._time, -1.0)))
-        key = divmod(index, self._time.shape[1])
+        index = int(np.where(self._evictable, self._times(), -1.0).argmax())
+        key = divmod(index, self._evictable.shape[1])
         return key if self._evictable[key] else None
 
     def next_prefetch(self, now: float) -> ExpertKey | None:
-        targets = list(self._ahead)
-        if not targets:
-            return None
-        worth_it = self._pace.least_probability(self._distance[self._layer, targets])
-        fit = self._absent[targets] & (self._likely[targets] >= worth_it[:, None])
-        row, expert = divmod(int(np.argmin(np.where(fit, self._time[targets], np.inf))), fit.shape[1])
-        return (targets[row], expert) if fit[row, expert] else None
+        while self._candidates and self._candidates[-1] in self._slot_of:
+            self._candidates.pop()
+        return self._candidates[-1] if self._candidates else None
 
     def prefetch_slot(self, key: ExpertKey) -> int | None:
         if not self._free:
             victim = self.victim()
-            if victim is None or self._time[victim] <= self._time[key]:
+            if victim is None or self._times()[victim] <= self._times()[key]:
                 return None
             self._evict(victim)
-        self._absent[key] = False
         return self._free.pop()
 
-    def used(self, key: ExpertKey) -> None:
-        self._absent[key] = False
-
     def evicted(self, key: ExpertKey) -> None:
-        self._evictable[key], self._absent[key] = False, True
+        self._evictable[key] = False
+
+    def _worth_fetching(self) -> list[ExpertKey]:
+        """What gates expect, is absent and worth a load; the one whose next use is nearest comes last."""
+        targets = list(self._ahead)
+        least = self._pace.least_probability(self._distance[self._layer, targets])
+        rows, experts = np.nonzero(self._likely[targets] >= least[:, None])
+        times = self._times()
+        found = [(targets[row], expert) for row, expert in zip(rows.tolist(), experts.tolist(), strict=True)]
+        return sorted((key for key in found if key not in self._slot_of), key=lambda key: -times[key])
+
+    def _give_up_stale(self, layer: int, chosen: set[int]) -> list[Action]:
+        """Cancel prefetches for this very call that it does not use."""
+        return self.cancel(
+            [
+                key
+                for key, demand in self._loading.items()
+                if key[0] == layer and not demand and key[1] not in chosen and key not in self._dropping
+            ]
+        )
 
     # -- estimates ------------------------------------------------------------------------------------------------
 
-    def _learn(self, layer: int, chosen: np.ndarray, tokens: int) -> None:
+    def _learn(self, layer: int, experts: list[int], tokens: int) -> None:
         """Compare what was expected of this call with what came. A call for several tokens says nothing about it."""
-        for horizon, probabilities in self._ahead.pop(layer, ()):
-            if tokens == 1:
-                self._calibration.learn(probabilities, horizon, chosen[: len(probabilities)])
+        chosen = np.zeros(self.shape.experts[layer])
+        chosen[experts] = 1.0
+        cells = self._ahead.pop(layer, None)
+        if cells and tokens == 1:
+            self._calibration.learn(cells, chosen)
         self._reuse.routed(layer, chosen, tokens)
 
-    def _estimate(self) -> None:
-        passes = self._reuse.passes.copy()
-        for target in self._ahead:  # not used by the next call, it will be passed by as often as it would be else
-            passes[target] *= (1 - self._likely[target]) / (1 - self._reuse.soon[target])
-        self._time = self._distance[self._layer][:, None] + self.shape.layers * passes
+    def _times(self) -> np.ndarray:
+        if self._time is None:
+            passes = self._reuse.passes.copy()
+            for target in self._ahead:  # not used by the next call, it will be passed by as often as it would be else
+                passes[target] *= (1 - self._likely[target]) / (1 - self._reuse.soon[target])
+            self._time = self._distance[self._layer][:, None] + self.shape.layers * passes
+        return self._time

@@ -22,8 +22,11 @@ def equal_shares(slots: int, layers: int) -> list[int]:
 class MixtralOffloadingCodeScheduler(Scheduler):
     """`mixtral-offloading-code`: per-layer LRU; each miss also copies the evicted, unchanged, record back."""
 
+    one_pool = False
+
     def __init__(self, slots: int, shape: Shape) -> None:
         self._capacity = equal_shares(slots, shape.layers)
+        self._swapped: ExpertKey | None = None  # what the load to come takes the place of
         super().__init__(max(slots, sum(self._capacity)), shape)
         self._cached: list[OrderedDict[ExpertKey, None]] = [OrderedDict() for _ in shape.experts]  # oldest first
 
@@ -35,8 +38,8 @@ class MixtralOffloadingCodeScheduler(Scheduler):
         self._cached[key[0]].pop(key, None)
 
     def victim(self) -> ExpertKey | None:
-        """The layer at work decides: only its own records make room for it."""
-        return self._oldest(self._queue[0][0]) if self._queue else None
+        """None: `demand_slot` looks among the records of the layer at work."""
+        return None
 
     def demand_slot(self, key: ExpertKey) -> int | None:
         cached = self._cached[key[0]]
