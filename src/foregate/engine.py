@@ -61,7 +61,7 @@ class Engine:
         self._turn = threading.Lock()  # one layer at a time
         self._state = threading.Condition()  # signalled when a load has ended
         self._failure: BaseException | None = None
-        self._closed = False
+        self._closed = self._link_lost = False
         self._calls: list[Call] | None = None
         self._before: Prediction | None = None  # of the next call
         self.scheduler = self._new_scheduler()
@@ -110,6 +110,8 @@ class Engine:
         ForegateError when a record cannot be read; the next call then starts with empty slots.
         """
         with self._turn:
+            if self._link_lost:
+                self._link, self._link_lost, self._failure = self._open_link(), False, None
             try:
                 return self._run_layer(layer, hidden.contiguous(), top_k_index, top_k_weights)
             except BaseException:
@@ -119,7 +121,10 @@ class Engine:
     def close(self) -> None:
         """End the link's threads. The model cannot run afterwards."""
         with self._turn:
-            self._closed = True
+            with self._state:
+                self._closed = True
+                self._failure = None
+                self._give_up("this model was closed: load it again")
             self._link.close()
 
     # -- the step -------------------------------------------------------------------------------------------------
@@ -145,8 +150,8 @@ class Engine:
 
     def _route(self, layer: int, experts: list[int], tokens: int) -> None:
         with self._state:
-            if self._closed:
-                raise ForegateError("this model was closed: load it again")
+            if self._failure is not None:
+                raise self._failure
             resident = self._resident(layer, experts)
             self.recorder.routed(layer, len(resident), len(experts) - len(resident))
             if self._calls is not None:
@@ -170,17 +175,18 @@ class Engine:
     def _await_resident(self, layer: int, waiting: Iterable[int]) -> list[int]:
         """Those of the experts that can be computed now; waits until there is one."""
         with self._state:
-            start, ready = time.perf_counter(), self._resident(layer, waiting)
+            ready, start = self._resident(layer, waiting), time.perf_counter()
+            if ready:
+                return ready
             while not ready:
-                if not self._state.wait(WAIT_SECONDS):
-                    raise ForegateError(f"{self.store.experts_path}: no answer from the disk in {WAIT_SECONDS:g} s")
                 if self._failure is not None:
                     raise self._failure
+                if not self._state.wait(WAIT_SECONDS):
+                    raise ForegateError(f"{self.store.experts_path}: no answer from the disk in {WAIT_SECONDS:g} s")
                 ready = self._resident(layer, waiting)
-                if ready:
-                    seconds = time.perf_counter() - start
-                    self.recorder.stalled(layer, seconds)
-                    self.scheduler.waited(seconds)
+            seconds = time.perf_counter() - start
+            self.recorder.stalled(layer, seconds)
+            self.scheduler.waited(seconds)
             return ready
 
     def _resident(self, layer: int, experts: Iterable[int]) -> list[int]:
@@ -221,12 +227,12 @@ class Engine:
             self._in_flight -= 1
             self.recorder.loaded(finished.key[0], finished.nbytes)
             now = time.perf_counter()
-            if finished.error is not None:
-                self._failure = self._failure or finished.error
-            elif self._failure is None and finished.dropped:
-                self._carry_out(self.scheduler.dropped(finished.key, now))
-            elif self._failure is None:
-                self._carry_out(self.scheduler.arrived(finished.key, finished.seconds, now))
+            self._failure = self._failure or finished.error
+            if self._failure is None:
+                if finished.dropped:
+                    self._carry_out(self.scheduler.dropped(finished.key, now))
+                else:
+                    self._carry_out(self.scheduler.arrived(finished.key, finished.seconds, now))
             self._state.notify_all()
 
     def _open_link(self) -> Link:
@@ -250,15 +256,21 @@ class Engine:
         with self._state:
             if self._closed:
                 return
-            self._failure = self._failure or ForegateError("this run was given up")  # nothing new is started
-            for key in self.scheduler.in_flight():
-                self._link.cancel(key)
+            self._give_up("this run was given up")
             idle = self._state.wait_for(lambda: not self._in_flight, WAIT_SECONDS)
-            self.scheduler, self._failure = self._new_scheduler(), None
+            self.scheduler = self._new_scheduler()
             self._prepared.clear()
-            if not idle:  # the disk hangs
+            if idle:
+                self._failure = None
+            else:  # the disk hangs
                 self._link.close_later()
-                self._link = self._open_link()
+                self._link_lost = True
+
+    def _give_up(self, why: str) -> None:
+        """Start no load any more, and drop those in flight."""
+        self._failure = self._failure or ForegateError(why)
+        for key in self.scheduler.in_flight():
+            self._link.cancel(key)
 
 
 def places_by_expert(top_k_index: torch.Tensor, num_experts: int) -> dict[int, torch.Tensor]:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from world import EXPERTS, LAYERS, SHAPE, World
 
 from foregate.schedule import Load, Prediction, Shape, make_scheduler
-from foregate.schedule.estimates import BLOCK, REST, Calibration, Pace, Worth, tokens_passing
+from foregate.schedule.estimates import BLOCK, LOSS, REST, Calibration, Pace, Worth, tokens_passing
 
 FIRST = lambda count: 0  # noqa: E731
 
@@ -108,8 +108,8 @@ def test_a_prefetch_must_be_likelier_the_less_it_can_hide() -> None:
     assert pace.layer_seconds == pytest.approx(0.005)
     near, far, farther = pace.least_probability(np.array([1.0, 4.0, 400.0]))
     assert near > far > farther
-    assert near == pytest.approx(0.3 * 0.040 / (0.005 + 0.3 * 0.040))
-    assert farther == pytest.approx(0.3 / 1.3)
+    assert near == pytest.approx(LOSS * 0.040 / (0.005 + LOSS * 0.040))
+    assert farther == pytest.approx(LOSS / (1 + LOSS))
 
 
 def test_gates_that_cost_more_than_there_is_to_save_rest_longer_and_longer() -> None:

@@ -23,7 +23,6 @@ from dataclasses import dataclass
 from typing import Any
 
 ExpertKey = tuple[int, int]  # (MoE layer, expert)
-WINDOW = 2  # loads in flight while a prefetch may start: one at work, one to follow without a gap
 
 
 @dataclass(frozen=True)
@@ -107,13 +106,12 @@ class Scheduler(ABC):
     loss by `evicted`.
     """
 
-    extra_slots = 0  # beyond the budget, for a policy that was published with buffers of its own
     one_pool = True  # every slot serves every layer
 
     def __init__(self, slots: int, shape: Shape) -> None:
         if slots < 1:
             raise ValueError(f"slots must be at least 1, got {slots}")
-        self.slots, self.shape = slots + self.extra_slots, shape
+        self.slots, self.shape = slots, shape
         self._slot_of: dict[ExpertKey, int] = {}  # resident, loading and cancelled records
         self._free = list(range(self.slots - 1, -1, -1))
         self._loading: dict[ExpertKey, bool] = {}  # in flight -> whether for demand
@@ -241,16 +239,16 @@ class Scheduler(ABC):
     def _go_on(self, now: float) -> list[Action]:
         """Serve the demand queue; prefetch only when nothing waits in it."""
         actions = self._serve_queue() if self._queue else []
-        while not self._queue and len(self._loading) < WINDOW:
-            key = self.next_prefetch(now)
-            slot = None if key is None else self.prefetch_slot(key)
-            if slot is None:
-                break
-            self._slot_of[key], self._loading[key] = slot, False
-            self._unused.add(key)
-            self.prefetches.started += 1
-            actions.append(Load(key, slot, demand=False))
-        return actions
+        if self._queue or self._loading:  # a prefetch is chosen when the link is idle: with all that is known by then
+            return actions
+        key = self.next_prefetch(now)
+        slot = None if key is None else self.prefetch_slot(key)
+        if slot is None:
+            return actions
+        self._slot_of[key], self._loading[key] = slot, False
+        self._unused.add(key)
+        self.prefetches.started += 1
+        return [*actions, Load(key, slot, demand=False)]
 
     def _serve_queue(self) -> list[Action]:
         actions: list[Action] = []

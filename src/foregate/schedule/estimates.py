@@ -14,7 +14,7 @@ CERTAIN = 0.999  # no use is more probable than this
 BINS = 8  # of probability
 PRIOR = 32.0  # predictions: how much a probability as given is worth against what was observed
 FADE = 0.998  # of what was observed, a layer call
-LOSS = 0.3  # of a load: what a wrong prefetch costs by what it evicted
+LOSS = 0.5  # of a load: what a wrong prefetch costs by what it evicted
 UNKNOWN = 0.5  # least probability of a prefetch before any load was timed
 BLOCK, REST, LONGEST_REST = 8, 16, 256  # tokens between decisions to listen, and of silence after one not to
 

@@ -1,8 +1,8 @@
 """Mixtral-offloading (arXiv 2312.17238), the baseline: once as its paper describes it, once as its public code is.
 
 Both keep an LRU cache of equal size for every layer. The paper adds guesses for the next layer, in four staging buffers
-that do not count as cache; the code has none, but copies every evicted record back. Where a layer's share is smaller
-than what one token needs of it, misses wait for each other; the paper's version may use its staging buffers then.
+that come out of the same memory; the code has none, but copies every evicted record back. Where a layer's share is
+smaller than what one token needs of it, misses wait for each other; the paper's version may use its staging buffers then.
 """
 
 from collections import OrderedDict
@@ -15,7 +15,7 @@ STAGING = 4
 
 def equal_shares(slots: int, layers: int) -> list[int]:
     """Slots of each layer's cache; at least one, even beyond the budget."""
-    share, rest = divmod(slots, layers)
+    share, rest = divmod(max(slots, 0), layers)
     return [max(1, share + (layer < rest)) for layer in range(layers)]
 
 
@@ -23,11 +23,12 @@ class MixtralOffloadingCodeScheduler(Scheduler):
     """`mixtral-offloading-code`: per-layer LRU; each miss also copies the evicted, unchanged, record back."""
 
     one_pool = False
+    staging = 0
 
     def __init__(self, slots: int, shape: Shape) -> None:
         self._capacity = equal_shares(slots, shape.layers)
         self._swapped: ExpertKey | None = None  # what the load to come takes the place of
-        super().__init__(max(slots, sum(self._capacity)), shape)
+        super().__init__(sum(self._capacity) + self.staging, shape)
         self._cached: list[OrderedDict[ExpertKey, None]] = [OrderedDict() for _ in shape.experts]  # oldest first
 
     def used(self, key: ExpertKey) -> None:
@@ -70,10 +71,10 @@ class MixtralOffloadingScheduler(MixtralOffloadingCodeScheduler):
     Guesses lie in staging buffers, evict nothing from the cache and enter it only when they are used.
     """
 
-    extra_slots = STAGING
+    staging = STAGING
 
     def __init__(self, slots: int, shape: Shape) -> None:
-        super().__init__(slots, shape)
+        super().__init__(slots - STAGING, shape)
         self._staged: OrderedDict[ExpertKey, None] = OrderedDict()  # oldest first
         self._guesses: list[ExpertKey] = []
         self._tokens = 1
@@ -125,10 +126,10 @@ class MixtralOffloadingScheduler(MixtralOffloadingCodeScheduler):
 
     def check_integrity(self) -> None:
         super().check_integrity()
-        assert len(self._staged) <= STAGING
+        assert len(self._staged) <= self.staging
 
     def _stage(self, key: ExpertKey) -> int | None:
-        if len(self._staged) >= STAGING:
+        if len(self._staged) >= self.staging:
             oldest = next((held for held in self._staged if self.evictable(held)), None)
             if oldest is None:
                 return None
