@@ -2,6 +2,7 @@
 
 import torch
 
+from foregate.lookahead.metrics import chosen_mask
 from foregate.lookahead.reuse import (
     HALF_LIVES,
     NEVER,
@@ -12,7 +13,6 @@ from foregate.lookahead.reuse import (
     history_features,
     reuse_parameters,
     reused,
-    used_experts,
 )
 
 
@@ -44,10 +44,6 @@ def test_reused_by_hand() -> None:
     assert again[:, 2].nonzero().flatten().tolist() == [0, 1, 2, 3, 4]
 
 
-def test_an_index_outside_the_experts_is_no_use() -> None:
-    assert used_experts(torch.tensor([[0, 3], [-1, 1]]), 3).tolist() == [[True, False, False], [False, True, False]]
-
-
 def test_head_learns_what_the_input_announces() -> None:
     """The input's sign says which half of the experts the next tokens use; past use says nothing."""
     torch.manual_seed(0)
@@ -57,7 +53,7 @@ def test_head_learns_what_the_input_announces() -> None:
     inputs[:, 0] = phase * 2.0 - 1
     chosen = (torch.randint(0, 4, (tokens, 1)) + 4 * phase.roll(1)[:, None]).to(torch.int16)
     head = fit_reuse_head(inputs, torch.zeros(tokens, experts), chosen, seed=0)
-    used = used_experts(chosen.long(), experts)
+    used = chosen_mask(chosen.long(), experts)
     with torch.no_grad():
         next_token = head(inputs, history_features(used, torch.zeros(tokens, experts)))[:, 0]
     in_phase = next_token.view(tokens, 2, 4).mean(2)
