@@ -23,7 +23,6 @@ from torch.nn import functional
 from foregate.kernels.triton.device import activate, bias_of, first_rows
 from foregate.quantize.matrix import BLOCK
 
-
 LIFT = tl.constexpr(90)
 
 

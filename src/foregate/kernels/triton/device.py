@@ -63,7 +63,7 @@ def activate(
         return function_of(first, FUNCTION, ALPHA)
     else:
         gate, up = tl.split(tl.reshape(first, (first.shape[0], first.shape[1] // 2, 2)))
-        if LIMIT < float("inf"):
+        if float("inf") != LIMIT:
             gate = tl.where(gate > LIMIT, LIMIT, gate)
             up = tl.where(up > LIMIT, LIMIT, tl.where(up < -LIMIT, -LIMIT, up))
         return function_of(gate, FUNCTION, ALPHA) * (up + UP_OFFSET)

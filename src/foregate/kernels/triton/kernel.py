@@ -16,7 +16,7 @@ from foregate.kernels.slots.base import Rows, SlotKernel
 from foregate.kernels.slots.reference import SlotReference
 from foregate.kernels.triton import decode, grouped
 from foregate.kernels.triton.configs import COLUMNS, Config, Decode, Grouped, candidates, card_name
-from foregate.kernels.triton.record import MatrixPlace, RecordPlaces
+from foregate.kernels.triton.record import RecordPlaces
 
 REFUSED = (OutOfResources, PTXASError, CompilationError)  # what a card cannot do
 

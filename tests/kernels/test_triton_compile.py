@@ -1,0 +1,36 @@
+"""The Triton kernels compile for real cards, without one: NVIDIA's assembler comes with Triton."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton", reason="Triton is not installed")
+
+SCRIPT = Path(__file__).parents[2] / "benchmarks" / "triton_compiled.py"
+KERNELS = {"decode_up", "decode_down", "decode_down_sum", "grouped_up", "grouped_down"}
+
+
+def compiled(tmp_path: Path, *arguments: str) -> list[dict]:
+    file = tmp_path / "compiled.json"
+    environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path / "cache")}
+    subprocess.run([sys.executable, SCRIPT, *arguments, "--out", file], env=environment, check=True)
+    return json.loads(file.read_text())["kernels"]
+
+
+def test_turing(tmp_path: Path) -> None:
+    kernels = compiled(tmp_path, "--capability", "75", "--shape", "qwen3", "--bits", "4")
+    assert {row["kernel"] for row in kernels} == KERNELS
+    assert not any(row["stack"] for row in kernels), "registers are spilled"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", ["75", "80", "86", "89", "90"])
+def test_every_card_shape_and_width(tmp_path: Path, capability: str) -> None:
+    kernels = compiled(tmp_path, "--capability", capability)
+    assert len(kernels) == 4 * 4 * len(KERNELS)
+    assert not any(row["stack"] for row in kernels), "registers are spilled"
+    assert all(row["shared"] <= 48 << 10 for row in kernels)  # what every card grants without being asked
