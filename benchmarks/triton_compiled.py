@@ -2,9 +2,10 @@
 
     python benchmarks/triton_compiled.py --out benchmarks/results/triton-compiled.json
 
-Triton brings NVIDIA's assembler and disassembler, so no card is needed. For a decode kernel, instructions per weight are
-those of the longest loop, however often the compiler unrolled it, over the weights it multiplies: a card with bandwidth
-B bytes/s that issues I instructions a second waits for memory, not for instructions, while I / B * bits / 8 is above them.
+Triton brings NVIDIA's assembler and disassembler, so no card is needed. For a decode kernel, the instructions per
+multiply-add of its longest loop (however often the compiler unrolled that) say what a weight costs, since every weight
+takes one of them, and an activation another, shared by a thread's rows: a card with bandwidth B bytes/s that issues I
+instructions a second can wait for memory, not for instructions, while I / B * bits / 8 is above them.
 """
 
 import argparse
@@ -27,7 +28,7 @@ from triton.compiler import ASTSource
 
 from foregate.checkpoint.store import RecordLayout
 from foregate.kernels.triton import decode, grouped
-from foregate.kernels.triton.configs import DECODE, GROUPED_ANY, TENSOR_CORES, Decode, Grouped
+from foregate.kernels.triton.configs import DECODE, GROUPED_ANY, GROUPED_FMA, TENSOR_CORES, Decode, Grouped
 from foregate.kernels.triton.record import MatrixPlace, record_places
 from foregate.quantize.matrix import QuantizedMatrix
 
@@ -66,7 +67,7 @@ def compile_expert(shape: str, bits: int, capability: int) -> list[dict[str, Any
     hidden, inner = SHAPES[shape]
     up, down = QuantizedMatrix.outline(bits, 2 * inner, hidden), QuantizedMatrix.outline(bits, hidden, inner)
     places = record_places(RecordLayout.of({"gate_up_proj": up, "down_proj": down}))
-    tile = GROUPED_ANY[0 if capability >= 10 * TENSOR_CORES[0] + TENSOR_CORES[1] else 1]
+    tile = (GROUPED_ANY if capability >= 10 * TENSOR_CORES[0] + TENSOR_CORES[1] else GROUPED_FMA)[0]
     first = {**GATE, "INNER": inner}
     last = {"HIDDEN": hidden}
     cases = [
@@ -106,9 +107,7 @@ def examine(function: Any, matrix: MatrixPlace, config: Decode | Grouped, consta
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     found = {"config": str(config), "shared": compiled.metadata.shared, **_binary(compiled.asm["cubin"])}
     if isinstance(config, Decode):
-        rows = max(1, config.rows * config.wide * (16 // matrix.parts) // (128 * config.warps))  # of a thread
-        weights = found["loop_fma"] * rows / (rows + 1)  # one each for a weight and an activation, shared by its rows
-        found["instructions_per_weight"] = round(found["loop"] / weights, 1)
+        found["instructions_per_fma"] = round(found["loop"] / found["loop_fma"], 2)
     return found
 
 
@@ -122,10 +121,12 @@ def _binary(cubin: bytes) -> dict[str, int]:
         file.write(cubin)
         file.flush()
         usage = subprocess.check_output([BINARIES / "cuobjdump", "--dump-resource-usage", file.name], text=True)
-        code = subprocess.check_output([BINARIES / "nvdisasm", "-c", file.name], text=True)
+        disassemble = [BINARIES / "nvdisasm", "-c", file.name]
+        code = subprocess.check_output(disassemble, text=True, stderr=subprocess.DEVNULL)  # it warns of its own file
     registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
     loop = _longest_loop(code)
     counts = {"loop": len(loop), "loop_fma": loop.count("FFMA"), "loop_barriers": loop.count("BAR")}
+    counts["flushing_fma"] = code.count("FFMA.FTZ")  # decode multiplies subnormal numbers
     return {"registers": registers, "stack": stack, **counts}
 
 

@@ -176,14 +176,14 @@ def test_configurations_differ_in_rounding_only(rows, wide):
 def test_tokens_out_of_the_ordinary():
     kernel, _ = both(Activation("relu", "ungated"), 4, hidden=64, inner=16, experts=1)
     hidden = torch.zeros(5, 64, device=DEVICE)
-    hidden[1], hidden[2, 7], hidden[3, 63], hidden[4] = 1e10, torch.nan, torch.inf, 1e-20
+    hidden[1], hidden[2, 7], hidden[3, 63], hidden[4] = 1e10, torch.nan, torch.inf, 1e-15
     index = torch.arange(5, dtype=torch.int32, device=DEVICE)
     found = result(kernel, hidden, Rows(torch.zeros_like(index), index, index), False)
     assert not found[0].any()
     assert found[1].isfinite().all() and found[1].any()
     assert found[2].isnan().all()
     assert not found[3].isfinite().any()
-    assert torch.allclose(found[4] * 1e30, found[1], rtol=1e-5)
+    assert torch.allclose(found[4] * 1e25, found[1], rtol=1e-5)
 
 
 def test_no_rows():

@@ -66,7 +66,8 @@ DECODE: dict[tuple[int, int], dict[int, Decode]] = {
 # Any shape, best first; a launch that the card refuses goes on to the next.
 DECODE_ANY = (Decode(8, 4, 2), Decode(4, 2, 1), Decode(2, 1, 1))
 GROUPED_ANY = (Grouped(64, 64, 4, 3), Grouped(32, 64, 4, 1), Grouped(16, 32, 4, 1), Grouped(16, 16, 2, 1))
-TENSOR_CORES = (8, 0)  # the oldest capability whose tensor cores Triton uses; before it, 64 tokens spill registers
+GROUPED_FMA = (Grouped(32, 32, 4, 1), *GROUPED_ANY[2:])  # without tensor cores larger tiles spill registers
+TENSOR_CORES = (8, 0)  # the oldest capability whose tensor cores Triton uses
 
 
 def candidates(kind: type[Config], matrix: MatrixPlace, device: torch.device) -> Iterator[Config]:
@@ -80,7 +81,7 @@ def candidates(kind: type[Config], matrix: MatrixPlace, device: torch.device) ->
             yield table[matrix.bits]
         yield from DECODE_ANY
     elif device.type == "cuda" and torch.cuda.get_device_capability(device) < TENSOR_CORES:
-        yield from GROUPED_ANY[1:]
+        yield from GROUPED_FMA
     else:
         yield from GROUPED_ANY
 

@@ -4,7 +4,7 @@ Weights are read as 32-bit words, 16 bytes a thread, and are never converted. A 
 a float, is a subnormal number: q at bit p of a mantissa is q * 2**(p - 149). The activation that it meets was multiplied
 by 2**(LIFT - p) beforehand, so that the product is q * x * 2**(LIFT - 149), exact in one instruction and of ordinary
 size; what all have in common goes into the block's scale. That takes two instructions a weight where converting takes
-five, and fast memory leaves a card little time for more. Activations beyond 2**37 overflow.
+five, and fast memory leaves a card little time for more. Activations beyond 2**37 overflow, those below 2**-60 lose bits.
 
 Activations come in *code order*, so that the codes at one place of consecutive words meet consecutive activations: place
 (part, byte) of word w in a block holds column 64 / parts * part + 4 w + byte. `code_order` brings hidden states into it,
