@@ -75,6 +75,8 @@ class TritonKernel(SlotKernel):
 
     def decode(self, hidden: torch.Tensor, slots: torch.Tensor, weights: torch.Tensor, total: torch.Tensor) -> None:
         self._check(hidden, total)
+        if not len(slots):
+            return
         apart = Decode in self._reference or self._chosen[Decode][1].apart
         if apart or not self._attempt(Decode, lambda: self._run_sum(hidden, slots, weights, total)):
             super().decode(hidden, slots, weights, total)
