@@ -17,11 +17,7 @@ from torch.nn import functional
 from foregate.config import AlignConfig
 from foregate.errors import ForegateError
 from foregate.lookahead.gate import LookaheadGate, boundary
-<<<<<<< HEAD
-from foregate.lookahead.metrics import chosen_mask
-=======
 from foregate.lookahead.metrics import calibration_bins, chosen_mask, expected_calibration_error
->>>>>>> gates
 from foregate.lookahead.samples import SourceSamples, hits
 from foregate.lookahead.teacher import Teacher
 
