@@ -6,7 +6,7 @@ from collections import OrderedDict
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from world import EXPERTS, LAYERS, SHAPE, World, random_prediction
 
@@ -29,6 +29,7 @@ def scheduler_for(policy: str, slots: int, routes: Routes) -> Scheduler:
 
 
 @pytest.mark.parametrize("policy", sorted(POLICIES | BOUNDS))
+@settings(deadline=None)  # a busy machine is no failure
 @given(slots=st.integers(1, LAYERS * EXPERTS), routes=ROUTES, choose=st.data())
 def test_every_expert_is_served_from_the_right_slot(
     policy: str, slots: int, routes: Routes, choose: st.DataObject
@@ -50,6 +51,7 @@ def test_ten_thousand_steps_with_the_smallest_budgets(policy: str) -> None:
             world.run_layer(step % LAYERS, experts, pick, random_prediction(step % LAYERS, pick))
 
 
+@settings(deadline=None)
 @given(
     slots=st.integers(1, LAYERS * EXPERTS), routes=st.lists(st.integers(0, EXPERTS - 1), max_size=40), choose=st.data()
 )
@@ -68,6 +70,7 @@ def test_lru_loads_exactly_what_a_textbook_lru_misses(slots: int, routes: list[i
     assert len(world.loads) == misses
 
 
+@settings(deadline=None)
 @given(routes=ROUTES, choose=st.data())
 def test_demand_keeps_nothing(routes: Routes, choose: st.DataObject) -> None:
     world = World(make_scheduler("demand", EXPERTS, SHAPE))
@@ -86,6 +89,7 @@ def test_with_room_for_all_each_expert_is_loaded_once(policy: str) -> None:
     assert len(world.loads) == LAYERS * EXPERTS
 
 
+@settings(deadline=None)
 @given(slots=st.integers(2, LAYERS * EXPERTS), routes=st.lists(st.integers(0, EXPERTS - 1), max_size=40))
 def test_patient_clairvoyant_never_loads_more_than_belady(slots: int, routes: list[int]) -> None:
     """With a link that is done at once, loads are those of the offline optimum for demand loading, or fewer."""

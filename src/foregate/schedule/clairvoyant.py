@@ -101,7 +101,7 @@ class ClairvoyantHorizonScheduler(LookaheadScheduler):
         return super().predicted(replace(prediction, ahead=ahead), now)
 
     def _truth(self, target: int, probabilities: np.ndarray) -> np.ndarray:
-        call = self._call + int(self._distance[self._layer, target])
+        call = self._call + int(self._distance[self._layer, target, 0])
         if call >= len(self._future):
             return probabilities
         truth = np.zeros(len(probabilities))

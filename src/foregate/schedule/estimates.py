@@ -10,7 +10,7 @@ from foregate.schedule.base import Shape
 WINDOWS = (1, 4, 16)  # tokens ahead, of the reuse heads
 HALF_LIFE = 32.0  # tokens, of the decayed frequency
 LONGEST = 4096.0  # tokens: every expert is expected to return within
-CERTAIN = 0.999  # no use is more probable than this
+CERTAIN = 0.001  # what is left of a probability is never less
 BINS = 8  # of probability
 PRIOR = 32.0  # predictions: how much a probability as given is worth against what was observed
 FADE = 0.998  # of what was observed, a layer call
@@ -86,12 +86,12 @@ class Calibration:
 
         given: float [experts] each; both results are of that shape.
         """
-        flat = np.concatenate(given)
-        sizes = [len(part) for part in given]
-        cells = (flat * (BINS - 1e-4)).astype(np.intp) + np.repeat(np.arange(first, first + len(given)) * BINS, sizes)
-        likely = (self._came[cells] + PRIOR * flat) / (self._given[cells] + PRIOR)
-        ends = np.cumsum(sizes).tolist()
-        return [(likely[end - size : end], cells[end - size : end]) for size, end in zip(sizes, ends, strict=True)]
+        found = []
+        for horizon, probabilities in enumerate(given, first):
+            cells = (probabilities * (BINS - 1e-4)).astype(np.intp)
+            cells += horizon * BINS
+            found.append(((self._came[cells] + PRIOR * probabilities) / (self._given[cells] + PRIOR), cells))
+        return found
 
     def learn(self, cells: Sequence[np.ndarray], chosen: np.ndarray) -> None:
         """cells: of all predictions for one call; chosen: float [experts], 1 where it came true."""
@@ -103,8 +103,8 @@ class Calibration:
 
 
 class ReuseEstimate:
-    """For every expert, gates of earlier layers aside: `soon`, the probability that its layer's next call uses it, and
-    `passes`, the expected number of calls that pass it by before one does; float [layers, experts] both.
+    """For every expert, gates of earlier layers aside: `passes`, the expected number of calls of its layer that pass it by
+    before one uses it, and `rest`, the probability that the next one does not; float [layers, experts] both.
 
     By decayed frequency, or by the reuse heads where they speak and have been the better judges of late.
     """
@@ -114,10 +114,10 @@ class ReuseEstimate:
         self._decay = 0.5 ** (1 / HALF_LIFE)
         self._heads: dict[int, np.ndarray] = {}  # layer -> what its reuse head said of the next call
         self._head_error, self._rate_error = Average(FADE), Average(FADE)
-        self.soon = np.zeros((shape.layers, max(shape.experts)))
-        self.passes = np.full(self.soon.shape, LONGEST)
+        self.passes = np.full((shape.layers, max(shape.experts)), LONGEST)
+        self.rest = np.ones(self.passes.shape)
         for layer, rate in enumerate(self._rate):
-            self.soon[layer, : len(rate)] = np.minimum(rate, CERTAIN)
+            self.rest[layer, : len(rate)] = np.maximum(1 - rate, CERTAIN)
             self.passes[layer, : len(rate)] = 1 / rate - 1
 
     @property
@@ -132,7 +132,7 @@ class ReuseEstimate:
             self._rate_error.add(_mean_square(self._rate[layer] - chosen))
         rate = self._rate[layer]
         rate += (1 - self._decay) * (chosen - rate)
-        self.soon[layer, : len(rate)] = np.minimum(rate, CERTAIN)
+        self.rest[layer, : len(rate)] = np.maximum(1 - rate, CERTAIN)
         self.passes[layer, : len(rate)] = 1 / np.maximum(rate, 1 / LONGEST) - 1
 
     def predicted(self, layer: int, reuse: np.ndarray) -> None:
@@ -140,7 +140,7 @@ class ReuseEstimate:
         soon, passes = tokens_passing(reuse)
         self._heads[layer] = soon
         if self._head_error.value <= self._rate_error.value:
-            self.soon[layer, : len(soon)], self.passes[layer, : len(soon)] = np.minimum(soon, CERTAIN), passes
+            self.rest[layer, : len(soon)], self.passes[layer, : len(soon)] = np.maximum(1 - soon, CERTAIN), passes
 
 
 def tokens_passing(reuse: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -149,7 +149,9 @@ def tokens_passing(reuse: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     reuse: [windows, experts]. The sum over t >= 1 of the chance that no token up to t has come: linear between the
     windows, then falling as it did in the last.
     """
-    s1, s4, s16 = np.maximum(1.0 - np.maximum.accumulate(reuse, axis=0), 1e-4)
+    s1, s4, s16 = np.maximum(1.0 - reuse, 1e-4)
+    s4 = np.minimum(s1, s4)
+    s16 = np.minimum(s4, s16)
     fall = np.minimum((s16 / s4) ** (1 / (WINDOWS[2] - WINDOWS[1])), 1 - 1 / LONGEST)
     passing = s1 + (WINDOWS[1] - WINDOWS[0]) * (s1 + s4) / 2 + (WINDOWS[2] - WINDOWS[1]) * (s4 + s16) / 2
     return reuse[0], passing + s16 / (1 - fall)

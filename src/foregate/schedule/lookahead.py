@@ -22,15 +22,15 @@ class LookaheadScheduler(Scheduler):
     def __init__(self, slots: int, shape: Shape) -> None:
         super().__init__(slots, shape)
         layers, size = range(shape.layers), (shape.layers, max(shape.experts))
-        self._distance = np.array([[(layer - at - 1) % shape.layers + 1.0 for layer in layers] for at in layers])
+        self._distance = np.array([[[(layer - at - 1) % shape.layers + 1.0] for layer in layers] for at in layers])
         self._evictable = np.zeros(size, bool)
-        self._likely = np.zeros(size)  # probability of a use by the layer's next call, where gates have spoken
-        self._ahead: dict[
-            int, list[np.ndarray]
-        ] = {}  # layers whose next call gates have spoken of -> calibration cells
+        self._ahead: dict[int, list[np.ndarray]] = {}  # layer gates have spoken of -> cells of their probabilities
         self._candidates: list[ExpertKey] = []  # worth a prefetch, the next one last
-        self._time: np.ndarray | None = None  # expected layer calls until the next use; None: not up to date
         self._reuse = ReuseEstimate(shape)
+        self._passes = self._reuse.passes.copy()  # the same with what gates say of the next call
+        self._time = np.zeros(size)  # expected layer calls until the next use
+        self._leaving = np.zeros(size)  # the same for what may be evicted, below 0 for what may not
+        self._stale = True  # whether the latter two are out of date
         self._calibration = Calibration(2 * shape.layers)  # the token source has horizons of its own
         self._pace, self._worth = Pace(), Worth()
         self._layer = shape.layers - 1  # that was routed last
@@ -39,12 +39,13 @@ class LookaheadScheduler(Scheduler):
 
     def routed(self, layer: int, experts: Iterable[int], now: float = 0.0, tokens: int = 1) -> list[Action]:
         experts = list(experts)
-        self._layer, self._time = layer, None
+        self._layer, self._stale = layer, True
         self._pace.layer_call(now)
         if layer == 0:
             self._worth.next_token()
         self._learn(layer, experts, tokens)
         self._evictable[layer, experts] = False
+        self._passes[layer] = self._reuse.passes[layer]
         self._candidates = [key for key in self._candidates if key[0] != layer]
         actions = self._give_up_stale(layer, set(experts))
         in_time, late = self.prefetches.in_time, self.prefetches.late
@@ -57,22 +58,19 @@ class LookaheadScheduler(Scheduler):
         self._worth.spent(prediction.seconds)
         if prediction.reuse is not None:
             self._reuse.predicted(prediction.layer, prediction.reuse)
-        first = self.shape.layers if prediction.token else 0
-        corrected = self._calibration.correct([given for _, given in prediction.ahead], first)
-        for (target, given), (likely, cells) in zip(prediction.ahead, corrected, strict=True):
-            self._likely[target, : len(given)] = likely
-            self._ahead.setdefault(target, []).append(cells)
-        self._time = None
-        self._candidates = self._worth_fetching()
+            self._passes[prediction.layer] = self._reuse.passes[prediction.layer]
+        likely = self._listen(prediction)
+        self._stale = True
+        self._candidates = self._worth_fetching([target for target, _ in prediction.ahead], likely)
         return self._go_on(now)
 
     def arrived(self, key: ExpertKey, seconds: float = 0.0, now: float = 0.0) -> list[Action]:
         self._pace.load(seconds)
-        self._evictable[key] = key not in self._needed
+        self._may_leave(key, key not in self._needed)
         return super().arrived(key, seconds, now)
 
     def computed(self, key: ExpertKey, now: float = 0.0) -> list[Action]:
-        self._evictable[key] = True
+        self._may_leave(key, True)
         return super().computed(key, now)
 
     def waited(self, seconds: float) -> None:
@@ -93,8 +91,8 @@ class LookaheadScheduler(Scheduler):
     # -- decisions ------------------------------------------------------------------------------------------------
 
     def victim(self) -> ExpertKey | None:
-        index = int(np.where(self._evictable, self._times(), -1.0).argmax())
-        key = divmod(index, self._evictable.shape[1])
+        self._refresh()
+        key = divmod(int(self._leaving.argmax()), self._leaving.shape[1])
         return key if self._evictable[key] else None
 
     def next_prefetch(self, now: float) -> ExpertKey | None:
@@ -105,22 +103,27 @@ class LookaheadScheduler(Scheduler):
     def prefetch_slot(self, key: ExpertKey) -> int | None:
         if not self._free:
             victim = self.victim()
-            if victim is None or self._times()[victim] <= self._times()[key]:
+            if victim is None or self._time[victim] <= self._time[key]:
                 return None
             self._evict(victim)
         return self._free.pop()
 
     def evicted(self, key: ExpertKey) -> None:
-        self._evictable[key] = False
+        self._may_leave(key, False)
 
-    def _worth_fetching(self) -> list[ExpertKey]:
+    def _worth_fetching(self, targets: list[int], likely: list[np.ndarray]) -> list[ExpertKey]:
         """What gates expect, is absent and worth a load; the one whose next use is nearest comes last."""
-        targets = list(self._ahead)
-        least = self._pace.least_probability(self._distance[self._layer, targets])
-        rows, experts = np.nonzero(self._likely[targets] >= least[:, None])
-        times = self._times()
-        found = [(targets[row], expert) for row, expert in zip(rows.tolist(), experts.tolist(), strict=True)]
-        return sorted((key for key in found if key not in self._slot_of), key=lambda key: -times[key])
+        least = self._pace.least_probability(self._distance[self._layer, targets, 0]).tolist()
+        found = [
+            (target, expert)
+            for target, probabilities, enough in zip(targets, likely, least, strict=True)
+            for expert in (probabilities >= enough).nonzero()[0].tolist()
+            if (target, expert) not in self._slot_of
+        ]
+        if len(found) > 1:
+            self._refresh()
+            found.sort(key=lambda key: -self._time[key])
+        return found
 
     def _give_up_stale(self, layer: int, chosen: set[int]) -> list[Action]:
         """Cancel prefetches for this very call that it does not use."""
@@ -143,10 +146,23 @@ class LookaheadScheduler(Scheduler):
             self._calibration.learn(cells, chosen)
         self._reuse.routed(layer, chosen, tokens)
 
-    def _times(self) -> np.ndarray:
-        if self._time is None:
-            passes = self._reuse.passes.copy()
-            for target in self._ahead:  # not used by the next call, it will be passed by as often as it would be else
-                passes[target] *= (1 - self._likely[target]) / (1 - self._reuse.soon[target])
-            self._time = self._distance[self._layer][:, None] + self.shape.layers * passes
-        return self._time
+    def _listen(self, prediction: Prediction) -> list[np.ndarray]:
+        """What a prediction is worth: for each target the corrected probabilities, float [experts]."""
+        first = self.shape.layers if prediction.token else 0
+        corrected = self._calibration.correct([given for _, given in prediction.ahead], first)
+        for (target, _), (likely, cells) in zip(prediction.ahead, corrected, strict=True):
+            self._ahead.setdefault(target, []).append(cells)
+            # not used by the next call, it will be passed by as often as it would be else
+            own = slice(len(likely))
+            self._passes[target, own] = self._reuse.passes[target, own] * (1 - likely) / self._reuse.rest[target, own]
+        return [likely for likely, _ in corrected]
+
+    def _may_leave(self, key: ExpertKey, whether: bool) -> None:
+        self._evictable[key] = whether
+        self._leaving[key] = self._time[key] if whether else -1.0
+
+    def _refresh(self) -> None:
+        if self._stale:
+            self._time = self._distance[self._layer] + self.shape.layers * self._passes
+            self._leaving = np.where(self._evictable, self._time, -1.0)
+            self._stale = False
