@@ -4,13 +4,29 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from foregate.schedule import BOUNDS, POLICIES, Action, Call, ExpertKey, Load, Prediction, Scheduler, Shape, make_scheduler
+from foregate.schedule import (
+    BOUNDS,
+    POLICIES,
+    Action,
+    Call,
+    ExpertKey,
+    Load,
+    Prediction,
+    Scheduler,
+    Shape,
+    make_scheduler,
+)
 from foregate.simulate import Machine, Outcome, run
 from foregate.simulate.link import VirtualLink
 
 SHAPE = Shape((4, 4), (1, 1))
 MACHINE = Machine(
-    record_bytes=1_000_000, link_bandwidth=1e8, chunk_bytes=250_000, readers=1, layer_seconds=0.001, expert_seconds=0.002
+    record_bytes=1_000_000,
+    link_bandwidth=1e8,
+    chunk_bytes=250_000,
+    readers=1,
+    layer_seconds=0.001,
+    expert_seconds=0.002,
 )  # a load takes 10 ms, a chunk 2.5 ms, a layer with its expert 3 ms
 
 

@@ -76,9 +76,7 @@ def bench_policies(
             yield [{**facts, **summarise(policy, runs, REFERENCES)} for policy in policies]
 
 
-def _settings(
-    policies: Sequence[str], memory: str, link: float | None, future: Sequence[Route]
-) -> list[Setting]:
+def _settings(policies: Sequence[str], memory: str, link: float | None, future: Sequence[Route]) -> list[Setting]:
     names = dict.fromkeys(variant for policy in policies for variant in VARIANTS.get(policy, (policy,)))
     plain = (Setting(name, name, memory, link) for name in names)
     return [replace(setting, future=future) if setting.policy in BOUNDS else setting for setting in plain]

@@ -50,9 +50,7 @@ def validate(
     if len(bench.script.prompts) > 1:
         raise ForegateError("the simulator is compared with one text: give one prompt")
     store = Store(bench.store)
-    shape = Shape(
-        tuple(layer.num_experts for layer in store.layers), tuple(layer.top_k for layer in store.layers)
-    )
+    shape = Shape(tuple(layer.num_experts for layer in store.layers), tuple(layer.top_k for layer in store.layers))
     future = [(call.layer, call.experts) for call in bench.record(memory[-1])[1]] if BOUNDS.keys() & policies else None
     for link in links:
         for budget in memory:

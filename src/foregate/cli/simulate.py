@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from foregate.lookahead.gates import LookaheadGates
     from foregate.lookahead.trace import Trace
     from foregate.simulate import Machine
-    from foregate.simulate.workload import Workload
 
 NAME = "simulate"
 ALL_POLICIES = "lru,mixtral-offloading,mixtral-offloading-code,lookahead,clairvoyant,clairvoyant-horizon"
@@ -32,11 +31,15 @@ def run(
         UNTRAINED, metavar="FILE|STORE", help="Gates of the traced model: a file, a store that has them, or untrained."
     ),
     policy: str = typer.Option(ALL_POLICIES, help="Policies, joined by commas."),
-    memory: str = typer.Option(SimulateConfig.memory, help="Shares of the experts, or bytes for them, joined by commas."),
+    memory: str = typer.Option(
+        SimulateConfig.memory, help="Shares of the experts, or bytes for them, joined by commas."
+    ),
     link_bandwidth: str = typer.Option(None, help="Bytes a second of the link, such as 250MB,1GB."),
     record_bytes: str = typer.Option(None, help="Size of an expert's record; by default that of the store in --gates."),
     machine: str = typer.Option(
-        None, metavar="NAME", help="A machine that is not here, such as mixtral-8x7b-4bit-12gb-pcie4 (docs/benchmarks.md)."
+        None,
+        metavar="NAME",
+        help="A machine that is not here, such as mixtral-8x7b-4bit-12gb-pcie4 (docs/benchmarks.md).",
     ),
     link_latency: str = _time(SimulateConfig.link_latency, "Fixed time of a record on the link"),
     layer_time: str = _time(SimulateConfig.layer_time, "A layer without its experts"),
@@ -50,11 +53,11 @@ def run(
 ) -> None:
     """Repeat a trace's routing on a machine made of numbers, under the schedulers the engine uses."""
     from foregate import ForegateError
-    from foregate.cli.tables import print_simulated
-    from foregate.report import check_report_path, write_report
     from foregate.bench.plots import plot_speeds
+    from foregate.cli.tables import print_simulated
     from foregate.lookahead.plots import check_plot
     from foregate.lookahead.trace import Trace
+    from foregate.report import check_report_path, write_report
     from foregate.simulate.cells import simulate_cells
     from foregate.simulate.presets import preset
     from foregate.simulate.workload import Workload

@@ -38,9 +38,7 @@ def next_router_tape(trace: Trace, rows: Rows) -> list[Call]:
     return _calls(trace, rows, None, [_guesses(trace, layer, rows) for layer in range(len(trace.layers))])
 
 
-def _calls(
-    trace: Trace, rows: Rows, before: Predictions | None, after: Sequence[Predictions | None]
-) -> list[Call]:
+def _calls(trace: Trace, rows: Rows, before: Predictions | None, after: Sequence[Predictions | None]) -> list[Call]:
     """before: at the first layer; after: by layer."""
     chosen = [trace.chosen(layer)[rows].tolist() for layer in range(len(trace.layers))]
     return [

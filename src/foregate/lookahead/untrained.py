@@ -37,7 +37,9 @@ def untrained_of_model(model: PreTrainedModel, layers: Sequence[LayerInfo], hori
         for layer, router in zip(layers, found, strict=True)
     ]
     weights = [
-        RouterWeights(*(None if part is None else part[: layer.num_experts] for part in (router.weight, router.bias)), router.gain)
+        RouterWeights(
+            *(None if part is None else part[: layer.num_experts] for part in (router.weight, router.bias)), router.gain
+        )
         for layer, router in zip(layers, found, strict=True)
     ]
     return untrained_gates(known, weights, model.get_input_embeddings().weight.shape[1], horizon)
