@@ -17,6 +17,7 @@ STYLES = {
 }
 OTHER_STYLES = (("#457b9d", "P", "--"), ("#8d6a9f", "<", "--"), ("#e76f51", ">", "-."))
 COLUMNS = 4  # of panels
+NARROWEST = 6.4  # inches, so that three names of policies fit beside each other
 
 
 def plot_speeds(rows: Sequence[dict[str, Any]], path: Path, note: str = "") -> None:
@@ -30,19 +31,27 @@ def plot_speeds(rows: Sequence[dict[str, Any]], path: Path, note: str = "") -> N
     columns = min(len(links), COLUMNS)
     lines = -(-len(links) // columns)
     with rc_context({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "svg.hashsalt": "foregate"}):
-        figure = Figure(figsize=(max(3.2 * columns, 5), 3.0 * lines + 0.9), layout="constrained")
+        figure = Figure(figsize=(max(3.2 * columns, NARROWEST), 3.0 * lines + 0.9), layout="constrained")
         panels = figure.subplots(lines, columns, squeeze=False).flatten()
         for panel, link in zip(panels, links, strict=False):
             _draw(panel, [row for row in rows if row["link_bandwidth"] == link])
-            panel.set_title("the disk as it is" if link is None else f"{link / 1e9:g} GB/s")
+            panel.set_title(_title(link))
         for panel in panels[len(links) :]:
             panel.set_axis_off()
         panels[0].set_ylabel("tokens/s")
         handles, labels = panels[0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False, fontsize=8)
+        figure.legend(
+            handles, labels, loc="outside lower center", ncols=3 if columns < 3 else 4, frameon=False, fontsize=8
+        )
         if note:
             figure.suptitle(note, fontsize=6, wrap=True)
         figure.savefig(path, dpi=DPI, metadata={"Date": None} if path.suffix.lower() == ".svg" else None)
+
+
+def _title(link: float | None) -> str:
+    if link is None:
+        return "the disk as it is"
+    return f"{link / 1e9:g} GB/s" if link >= 1e8 else f"{link / 1e6:g} MB/s"
 
 
 def _draw(axes: Any, rows: Sequence[dict[str, Any]]) -> None:
