@@ -7,7 +7,8 @@ import pytest
 
 from foregate.checkpoint.store import Store
 from foregate.errors import ForegateError
-from foregate.memory.budget import divide, parse_bytes
+from foregate.memory.budget import divide
+from foregate.sizes import parse_bytes
 
 BACKBONE = 1_000_000
 

@@ -71,37 +71,37 @@ def run(
     if not 0 <= warm_up < count:
         raise ForegateError(f"--warm-up {warm_up}: fewer than the {count} tokens that are simulated")
     workload = Workload(opened, _find_gates(gates, opened), slice(0, count))
-    chosen = preset(machine) if machine else None
     links = parse_bandwidths(link_bandwidth, "--link-bandwidth") if link_bandwidth else []
-    simulated = chosen.machine(workload.shape) if chosen else _plain_machine(record_bytes, gates, links)
-    given = {
+    chosen = preset(machine) if machine else None
+    if chosen and record_bytes:
+        raise ForegateError("--record-bytes and --machine both name the size of an expert: leave one out")
+    base = chosen.machine(workload.shape) if chosen else _plain_machine(record_bytes, gates, links)
+    times = {
         "link_latency": (link_latency, "--link-latency"),
         "layer_seconds": (layer_time, "--layer-time"),
         "expert_seconds": (expert_time, "--expert-time"),
         "token_seconds": (token_time, "--token-time"),
         "gate_seconds": (gate_time, "--gate-time"),
     }
-    changes = {name: parse_seconds(text, option) for name, (text, option) in given.items() if text is not None}
-    simulated = replace(simulated, **changes)
+    base = replace(base, **{name: parse_seconds(*given) for name, given in times.items() if given[0] is not None})
     note = chosen.describe(workload.shape) if chosen else ""
     if note:
         print(note)
-    results = []
+    rows = []
     for cell in simulate_cells(
         workload,
         split_list(policy, "--policy"),
         split_list(memory, "--memory"),
-        links or [simulated.link_bandwidth],
-        simulated,
+        links or [base.link_bandwidth],
+        base,
         warm_up=warm_up,
         time_scale=chosen.time_scale(workload.shape) if chosen else 1.0,
     ):
         print_simulated(cell)
-        results += cell
-    rows = [result.to_json() for result in results]
+        rows += [result.to_json() for result in cell]
     if json:
         settings = {"trace": opened.path.name, "gates": Path(gates).name, "tokens": count, "warm_up": warm_up}
-        write_report({**settings, "machine": asdict(simulated), "projected": note or None, "rows": rows}, json)
+        write_report({**settings, "machine": asdict(base), "projected": note or None, "rows": rows}, json)
     if plot:
         plot_speeds(rows, plot, note)
 
@@ -121,8 +121,8 @@ def _find_gates(text: str, trace: Trace) -> LookaheadGates:
 def _plain_machine(record_bytes: str | None, gates: str, links: list[float]) -> Machine:
     from foregate import ForegateError
     from foregate.checkpoint.store import Store
-    from foregate.memory.budget import parse_bytes
     from foregate.simulate import Machine
+    from foregate.sizes import parse_bytes
 
     if not links:
         raise ForegateError("name the link with --link-bandwidth, or a machine with --machine")

@@ -3,7 +3,7 @@
 import re
 
 from foregate.errors import ForegateError
-from foregate.memory.budget import parse_bytes
+from foregate.sizes import parse_bytes
 
 TIME = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*(us|ms|s)")
 SECONDS = {"us": 1e-6, "ms": 1e-3, "s": 1.0}
