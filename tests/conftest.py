@@ -7,6 +7,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,8 @@ from transformers import PreTrainedTokenizerFast
 from transformers.utils import logging
 
 import foregate
+
+DEMO = Path(__file__).parents[1] / "demo"
 
 logging.disable_progress_bar()
 torch.set_num_threads(1)  # test processes share the cores
@@ -66,9 +69,21 @@ def store(checkpoint: Callable[[str], Path], tmp_path_factory: pytest.TempPathFa
 
 @pytest.fixture(scope="session")
 def demo_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The trained mixtral-tiny as a store of 4 bits, with its gates. Not to be changed by a test."""
-    model = Path(__file__).parents[1] / "demo/mixtral-tiny"
-    return foregate.convert(model, tmp_path_factory.mktemp("demo") / "store", bits=4)
+    """The store of a demo model, with its gates. Not to be changed by a test."""
+    return foregate.convert(DEMO / "mixtral-tiny", tmp_path_factory.mktemp("demo") / "store", bits=4)
+
+
+@pytest.fixture(scope="session")
+def demo_trace(demo_store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A trace of 128 tokens by the demo model, of two texts in turns."""
+    from foregate.lookahead.record import plan_trace, read_texts, record_trace
+    from foregate.model.generate import load_tokenizer
+
+    texts = read_texts(load_tokenizer(str(demo_store)), [DEMO / "text/bible.txt", DEMO / "text/python.txt"])
+    model = foregate.load(demo_store, memory="100%", policy="lru", threads=1)
+    with closing(model.foregate):
+        plan = plan_trace(model, texts, window=32, max_tokens=128, generate=0, seed=0)
+        return record_trace(plan, tmp_path_factory.mktemp("demo") / "trace")
 
 
 @pytest.fixture

@@ -100,3 +100,32 @@ class EvaluateGatesConfig:
     max_tokens: int = 20_000  # of texts; a trace is used whole
     thresholds: tuple[float, ...] = (0.5, 0.8)  # probabilities from which an expert counts as foreseen for sure
     bins: int = 10  # of probability, for the calibration
+
+
+@dataclass(frozen=True)
+class SimulateConfig:
+    """What `foregate simulate` simulates, and the machine where nothing else is said. Times in seconds."""
+
+    memory: str = "12.5%,25%,50%,75%"
+    tokens: int = 512  # of the trace, from its start; 0 is all
+    warm_up: int = 64  # tokens before counting starts
+    link_latency: float = 0.0
+    layer_time: float = 0.001
+    expert_time: float = 0.002
+    token_time: float = 0.002
+    gate_time: float = 0.0001
+
+
+@dataclass(frozen=True)
+class BenchConfig:
+    """How policies are compared live."""
+
+    memory: str = "12.5%,25%,50%,75%"
+    paper_memory: str = "25%,50%"
+    tokens: int = 64  # written after each prompt and measured
+    warm_up: int = 8  # tokens after each prompt that are not
+    repeats: int = 3
+    temperature: float = 0.8  # greedy text of a small model soon repeats itself, and so do its experts
+    top_p: float = 0.95
+    seed: int = 0
+    foreign_load: float = 0.1  # share of all cores from which other programs spoil a timing

@@ -7,7 +7,8 @@ import pytest
 
 from foregate.checkpoint.store import Store
 from foregate.errors import ForegateError
-from foregate.memory.budget import divide, parse_bytes
+from foregate.memory.budget import divide
+from foregate.sizes import parse_bytes
 
 BACKBONE = 1_000_000
 
@@ -47,4 +48,9 @@ def test_not_a_size(opened: Store, memory: str) -> None:
     ("text", "expected"), [("8GiB", 8 * 2**30), ("1.5 gb", 1_500_000_000), ("512MiB", 2**29), ("7", 7), ("3KB", 3000)]
 )
 def test_bytes(text: str, expected: int) -> None:
-    assert parse_bytes(text) == expected
+    assert parse_bytes(text, "--size") == expected
+
+
+def test_what_is_not_a_size_is_named_with_its_option() -> None:
+    with pytest.raises(ForegateError, match=r"^--link-bandwidth fast is not a size: write bytes such as"):
+        parse_bytes("fast", "--link-bandwidth")

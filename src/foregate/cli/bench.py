@@ -8,10 +8,13 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from foregate.cli import bench_live
 from foregate.cli.generate import THREADS_HELP
 from foregate.config import EngineConfig
 
 app = typer.Typer(help="Measure this machine, beside the alternatives in the same run.", no_args_is_help=True)
+for command in (bench_live.policies, bench_live.paper, bench_live.validate):
+    app.command()(command)
 
 
 @app.callback()

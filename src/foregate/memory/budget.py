@@ -5,9 +5,8 @@ from dataclasses import dataclass
 
 from foregate.checkpoint.store import Store
 from foregate.errors import ForegateError
+from foregate.sizes import parse_bytes
 
-UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
-SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)")
 SHARE = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*%")
 
 
@@ -25,33 +24,32 @@ class Budget:
 
 
 def divide(memory: str, store: Store, backbone_bytes: int) -> Budget:
-    """Turn `memory` into slots for the experts of `store`.
+    """Turn `memory` into slots for the experts of `store`; see `count_slots`, whose errors it raises."""
+    slots = count_slots(memory, store.num_experts, store.top_k, store.record_bytes, backbone_bytes)
+    return Budget(slots, store.record_bytes, backbone_bytes)
+
+
+def count_slots(memory: str, experts: int, top_k: int, record_bytes: int, backbone_bytes: int = 0) -> int:
+    """The slots that `memory` has room for, out of `experts` over all layers.
 
     `memory` is a share of the experts ("25%"), or bytes ("8GiB") for backbone and experts together; the KV cache and
     activations come on top. More than everything is everything. Raises ForegateError when the text is not a memory
     size, or is too small for the experts that one token uses in one layer.
     """
-    text, count = memory.strip(), store.num_experts
+    text = memory.strip()
     if share := SHARE.fullmatch(text):
         percent = float(share[1])
         if not 0 < percent <= 100:
             raise ForegateError(f"--memory {memory}: a share of the experts is above 0% and at most 100%")
-        slots = int(count * percent / 100 + 1e-9)
-        smallest = f"{-(-store.top_k * 10_000 // count) / 100:g}%"
+        slots = int(experts * percent / 100 + 1e-9)
+        smallest = f"{-(-top_k * 10_000 // experts) / 100:g}%"
     else:
-        slots = (parse_bytes(text) - backbone_bytes) // store.record_bytes
-        smallest = f"{backbone_bytes + store.top_k * store.record_bytes}"
-    if slots < store.top_k:
+        granted = parse_bytes(text, "--memory", "a share such as 25% or bytes such as 8GiB")
+        slots = (granted - backbone_bytes) // record_bytes
+        smallest = f"{backbone_bytes + top_k * record_bytes}"
+    if slots < top_k:
         raise ForegateError(
-            f"--memory {memory} is too small: one layer needs {store.top_k} of the model's {count} experts at a time; "
+            f"--memory {memory} is too small: one layer needs {top_k} of the model's {experts} experts at a time; "
             f"the smallest that works is --memory {smallest}"
         )
-    return Budget(min(slots, count), store.record_bytes, backbone_bytes)
-
-
-def parse_bytes(text: str) -> int:
-    """Bytes from "8GiB", "500MB" or "123456". Raises ForegateError when it is none of these."""
-    match = SIZE.fullmatch(text.strip())
-    if not match or match[2].upper() not in UNITS:
-        raise ForegateError(f"--memory {text} is not a memory size: write a share such as 25% or bytes such as 8GiB")
-    return int(min(float(match[1]), 1e18) * UNITS[match[2].upper()])
+    return min(slots, experts)
