@@ -46,7 +46,8 @@ def handle_errors(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
-        return _invalid(error.errors()).response()
+        is_json = "json" in request.headers.get("content-type", "")
+        return (_invalid(error.errors()) if is_json else _NOT_JSON).response()
 
     @app.exception_handler(HTTPException)
     async def http(request: Request, error: HTTPException) -> JSONResponse:
@@ -58,6 +59,9 @@ def handle_errors(app: FastAPI) -> None:
         return ApiError(
             500, f"the server failed on this request ({type(error).__name__}); its log says more"
         ).response()
+
+
+_NOT_JSON = ApiError(400, "the body is not marked as JSON: send it with the header Content-Type: application/json")
 
 
 def _invalid(errors: Sequence[Any]) -> ApiError:

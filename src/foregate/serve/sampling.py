@@ -62,10 +62,13 @@ class Sampler:
 
 @dataclass(frozen=True)
 class TokenLogprob:
-    """A token's text and natural logarithm of its probability before temperature, and the likeliest ones', descending."""
+    """A token's text and natural logarithm of its probability before temperature, and the likeliest ones', descending.
+
+    The first token of a prompt, which nothing foretells, has no logprob.
+    """
 
     token: str
-    logprob: float
+    logprob: float | None
     top: dict[str, float]
 
 

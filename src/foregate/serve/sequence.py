@@ -60,7 +60,7 @@ class Sequence:
         self._text = TextStream(self.tokenizer, self.order.stops)
         self._logprobs: list[TokenLogprob] = []
         if self.order.prompt_logprobs:
-            self._logprobs.append(TokenLogprob(self.tokenizer.decode([self.order.prompt[0]]), float("nan"), {}))
+            self._logprobs.append(TokenLogprob(self.tokenizer.decode([self.order.prompt[0]]), None, {}))
 
     def note_prompt(self, logits: torch.Tensor) -> None:
         """Report the prompt's tokens that these logits [chunk, vocabulary], just computed, foretell."""
