@@ -11,6 +11,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 
+import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from foregate.config import ServeConfig
@@ -152,17 +153,25 @@ class Batcher:
         self.metrics.step.observe(time.perf_counter() - start)
         self._advance(list(self._running), logits)
 
-    def _advance(self, sequences: list[Sequence], logits) -> list[Sequence]:
-        """The next token of these sequences, by logits [sequences, vocabulary]; those that are done with it."""
-        done = []
+    def _advance(self, sequences: list[Sequence], logits: torch.Tensor) -> bool:
+        """The next token of these sequences, by logits [sequences, vocabulary]; true when all are done with it."""
         self.metrics.generated(len(sequences))
-        for sequence, row in zip(sequences, logits, strict=True):
-            if not sequence.cancelled and sequence.advance(row):
-                done.append(sequence)
+        done = [s for s, row in zip(sequences, logits, strict=True) if not s.cancelled and self._is_done(s, row)]
         self._end(done)
-        for _ in done:
+        return len(done) == len(sequences)
+
+    def _is_done(self, sequence: Sequence, logits: torch.Tensor) -> bool:
+        """Whether the token chosen by logits [vocabulary] is the sequence's last. An error is this one's alone."""
+        try:
+            last = sequence.advance(logits)
+        except Exception as error:
+            log.exception("choosing a token failed")
+            sequence.fail(f"choosing a token failed: {error}")
+            self.metrics.finished("failed")
+            return True
+        if last:
             self.metrics.finished("done")
-        return done
+        return last
 
     def _end(self, sequences: list[Sequence]) -> None:
         """Give back the places of these sequences."""

@@ -24,7 +24,8 @@ class ApiError(Exception):
         headers: dict[str, str] | None = None,
     ) -> None:
         super().__init__(message)
-        self.status, self.message, self.param, self.code, self.headers = status, message, param, code, headers
+        self.status, self.code, self.headers = status, code, headers
+        self.message, self.param = _encodable(message), param and _encodable(param)
 
     @property
     def body(self) -> dict[str, Any]:
@@ -35,6 +36,10 @@ class ApiError(Exception):
     def response(self) -> JSONResponse:
         """The error as an HTTP response."""
         return JSONResponse(self.body, self.status, self.headers)
+
+
+def _encodable(text: str) -> str:
+    return text.encode(errors="backslashreplace").decode()  # JSON may name half of a surrogate pair
 
 
 def handle_errors(app: FastAPI) -> None:

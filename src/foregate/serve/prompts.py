@@ -44,21 +44,24 @@ class Encoder:
             raise ApiError(
                 400, f"the model's chat template refuses these messages: {error}", param="messages"
             ) from None
-        ids = self.tokenizer(text, add_special_tokens=not self.has_template, verbose=False)["input_ids"]
-        return self._checked(ids, "messages")
+        return self._checked(self._tokens(text, "messages", special=not self.has_template), "messages")
 
     def prompts(self, body: CompletionRequest) -> list[list[int]]:
         """Each prompt as tokens. Raises ApiError for one that is empty, too long, or has unknown tokens."""
-        texts = (
-            prompt if isinstance(prompt, list) else self.tokenizer(prompt, verbose=False)["input_ids"]
-            for prompt in body.prompts
-        )
-        return [self._checked(ids, "prompt") for ids in texts]
+        every = (prompt if isinstance(prompt, list) else self._tokens(prompt, "prompt") for prompt in body.prompts)
+        return [self._checked(ids, "prompt") for ids in every]
 
     def room(self, prompt: list[int], wanted: int | None) -> int:
         """How many tokens a reply may have: what is wanted, and no more than the context leaves."""
         left = self.context - len(prompt)
         return left if wanted is None else min(wanted, left)
+
+    def _tokens(self, text: str, param: str, *, special: bool = True) -> list[int]:
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise ApiError(400, f"{param}: half of a surrogate pair is no unicode text", param=param) from None
+        return self.tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]
 
     def _checked(self, ids: list[int], param: str) -> list[int]:
         if not ids:

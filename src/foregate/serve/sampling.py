@@ -14,15 +14,22 @@ from transformers import (
 )
 
 
+GREEDY_BELOW = 1e-4  # of temperature: logits divided by less may leave float32's range
+
+
 @dataclass(frozen=True)
 class Sampling:
-    """How one sequence's tokens are chosen. Temperature 0 is greedy; top_k 0 is no limit; seed None is a random one."""
+    """How one sequence's tokens are chosen. A temperature of about 0 is greedy; top_k 0 is no limit; seed None is a random one."""
 
     temperature: float = 0.0
     top_p: float = 1.0
     top_k: int = 0
     repetition_penalty: float = 1.0
     seed: int | None = None
+
+    @property
+    def greedy(self) -> bool:
+        return self.temperature < GREEDY_BELOW
 
     @classmethod
     def of_request(
@@ -42,7 +49,7 @@ class Sampler:
     """Chooses the tokens of one sequence. With a seed they do not depend on what other sequences draw."""
 
     def __init__(self, sampling: Sampling) -> None:
-        self._greedy = sampling.temperature == 0
+        self._greedy = sampling.greedy
         self._needs_tokens = sampling.repetition_penalty != 1
         self._processors = _processors(sampling)
         self._generator = torch.Generator()
@@ -86,7 +93,7 @@ def _processors(sampling: Sampling) -> LogitsProcessorList:
     processors = LogitsProcessorList()
     if sampling.repetition_penalty != 1:
         processors.append(RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty))
-    if sampling.temperature == 0:
+    if sampling.greedy:
         return processors
     if sampling.temperature != 1:
         processors.append(TemperatureLogitsWarper(float(sampling.temperature)))
