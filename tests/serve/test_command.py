@@ -14,11 +14,13 @@ from foregate.cli.main import main
 from foregate.errors import ForegateError
 from foregate.serve.server import Address, read_key, rules
 
-COMMAND = [sys.executable, "-m", "foregate.cli.main", "serve"]
+PAGE = Path(__file__).parents[2] / "docs/server.md"
 
 
 def test_it_serves_until_interrupted(demo_store: Path) -> None:
-    command = [*COMMAND, str(demo_store), "--port", "0", "--threads", "1", "--name", "tiny"]
+    documented = re.search(r"^foregate serve model\.store .*$", PAGE.read_text(), re.MULTILINE)[0].split()[1:]
+    arguments = [str(demo_store) if part == "model.store" else part for part in documented]
+    command = [sys.executable, "-m", "foregate.cli.main", *arguments, "--port", "0", "--name", "tiny"]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         greeting = process.stderr.readline()
         url = re.fullmatch(r"tiny: page (http://127\.0\.0\.1:\d+)/  API \1/v1\n", greeting)[1]

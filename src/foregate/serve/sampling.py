@@ -13,7 +13,6 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-
 GREEDY_BELOW = 1e-4  # of temperature: logits divided by less may leave float32's range
 
 
