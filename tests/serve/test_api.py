@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import MOSES, Live
+from live_server import MOSES, Live
 from openai import BadRequestError, NotFoundError
 from prometheus_client.parser import text_string_to_metric_families
 

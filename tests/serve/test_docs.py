@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import Live
+from live_server import Live
 
 from foregate.config import ServeConfig
 from foregate.serve.schemas import MAX_STOPS

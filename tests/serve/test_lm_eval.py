@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import MOSES, Live
+from live_server import MOSES, Live
 
 import foregate
 

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 
 import pytest
-from conftest import MOSES, Answer, Live, post
+from live_server import MOSES, Answer, Live, post
 
 from foregate.memory import disk
 from foregate.memory.process import peak_memory_bytes
@@ -108,7 +108,7 @@ def test_other_names_for_this_machine_are_refused(start: Start) -> None:
 
 def test_long_prompts_do_not_starve_a_running_reply(start: Start) -> None:
     live = start(prompt_chunk=32, max_running=4)
-    response = stream(live, {**LONG, "max_tokens": 200})
+    response = stream(live, LONG)
     next_piece(response)
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
         prompts = [pool.submit(live.complete, prompt="y " * 400, max_tokens=1) for _ in range(2)]
@@ -118,6 +118,10 @@ def test_long_prompts_do_not_starve_a_running_reply(start: Start) -> None:
             pieces += 1
         assert pieces >= 10  # one a chunk, of which there are many
         assert all(prompt.result().status == 200 for prompt in prompts)
+        long = pool.submit(live.complete, prompt="y " * 400, max_tokens=1)
+        until(lambda: live.service.batcher.load()["running"] == 2)
+        assert live.complete(prompt="x", max_tokens=1).status == 200
+        assert not long.done()  # a short prompt does not wait for a long one
     response.close()
 
 

@@ -4,8 +4,8 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from conftest import Live
 from hypothesis import HealthCheck, Phase, given, settings
+from live_server import Live
 
 pytestmark = pytest.mark.slow
 schemathesis = pytest.importorskip("schemathesis")

@@ -5,7 +5,7 @@ import shutil
 from collections.abc import Callable, Iterator
 
 import pytest
-from conftest import MOSES, Live
+from live_server import MOSES, Live
 
 from foregate.serve.guard import Rules
 

@@ -1,7 +1,8 @@
 """Continuous batching: one thread owns the model; sequences join after their prompt pass and leave when done.
 
 A turn of the loop is: drop what was cancelled, admit what waits, take in one chunk of one prompt, then one token for every
-running sequence. So a long prompt delays the running replies by one chunk a token, and nobody waits for a batch to end.
+running sequence. So a long prompt delays the running replies by one chunk a token, prompts take turns, and nobody waits
+for a batch to end.
 """
 
 import copy
@@ -120,9 +121,6 @@ class Batcher:
     def _drop_cancelled(self) -> None:
         with self._changed:
             gone = [s for s in (*self._running, *self._prompts, *self._waiting) if s.cancelled]
-            if gone:
-                self._waiting = deque(s for s in self._waiting if not s.cancelled)
-                self._prompts = deque(s for s in self._prompts if not s.cancelled)
         self._end(gone)
         for _ in gone:
             self.metrics.finished("cancelled")
@@ -139,13 +137,13 @@ class Batcher:
         if sequence.order.prompt_logprobs:
             sequence.note_prompt(logits)
         if sequence.progress.prompt_left:
+            self._prompts.rotate(-1)
             return
-        self._prompts.popleft()
         self.metrics.first_token.observe(time.perf_counter() - sequence.arrived)
         if self._advance([sequence], logits[-1:]):
             return
         self._runner.join(sequence.progress)
-        self._running.append(sequence)
+        self._running.append(self._prompts.popleft())
 
     def _step(self) -> None:
         start = time.perf_counter()
@@ -174,10 +172,15 @@ class Batcher:
         return last
 
     def _end(self, sequences: list[Sequence]) -> None:
-        """Give back the places of these sequences."""
+        """Take these sequences out of wherever they are, and give back their places."""
+        if not sequences:
+            return
         gone = {id(sequence) for sequence in sequences}
         self._runner.leave([sequence.progress for sequence in sequences])
-        self._running = [sequence for sequence in self._running if id(sequence) not in gone]
+        self._running = [s for s in self._running if id(s) not in gone]
+        with self._changed:
+            self._prompts = deque(s for s in self._prompts if id(s) not in gone)
+            self._waiting = deque(s for s in self._waiting if id(s) not in gone)
         self.release(len(sequences))
 
     def _fail_all(self, sequences: list[Sequence], message: str) -> None:

@@ -1,6 +1,7 @@
 """Between the batcher's thread and the client: pieces as they come, events on the wire, and an end when the client leaves."""
 
 import asyncio
+import contextlib
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from typing import Any, TypeVar
@@ -38,7 +39,7 @@ class Replies:
 
     def _emitter(self, index: int) -> Callable[[Piece], None]:
         def emit(piece: Piece) -> None:
-            if not self._loop.is_closed():  # a server that was stopped by force has nobody to tell
+            with contextlib.suppress(RuntimeError):  # the loop is closed: a server stopped by force has nobody to tell
                 self._loop.call_soon_threadsafe(self._queue.put_nowait, (index, piece))
 
         return emit
@@ -72,9 +73,8 @@ class EventStream(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            await unless_client_leaves(receive, self._send(send))
-        except ClientLeft:
-            pass
+            with contextlib.suppress(ClientLeft):
+                await unless_client_leaves(receive, self._send(send))
         finally:
             self._close()
 

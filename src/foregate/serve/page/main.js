@@ -4,7 +4,7 @@ import { request } from "./api.js";
 import { Chat } from "./chat.js";
 import { Grid, STATES, drawCell, palette } from "./grid.js";
 
-const BUSY_MS = 150;
+const BUSY_MS = 250;
 const IDLE_MS = 1500;
 const RECENT_MS = 5000; // the hit rate is over so much of the past
 
