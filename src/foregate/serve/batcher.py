@@ -154,22 +154,15 @@ class Batcher:
     def _advance(self, sequences: list[Sequence], logits: torch.Tensor) -> bool:
         """The next token of these sequences, by logits [sequences, vocabulary]; true when all are done with it."""
         self.metrics.generated(len(sequences))
-        done = [s for s, row in zip(sequences, logits, strict=True) if not s.cancelled and self._is_done(s, row)]
-        self._end(done)
+        pieces = [(s, _next_piece(s, row)) for s, row in zip(sequences, logits, strict=True) if not s.cancelled]
+        done = [sequence for sequence, piece in pieces if piece is not None and piece.last]
+        self._end(done)  # before its client knows: the next request finds the place free
+        for sequence, piece in pieces:
+            if piece is not None:
+                sequence.emit(piece)
+                if piece.last:
+                    self.metrics.finished("failed" if piece.error else "done")
         return len(done) == len(sequences)
-
-    def _is_done(self, sequence: Sequence, logits: torch.Tensor) -> bool:
-        """Whether the token chosen by logits [vocabulary] is the sequence's last. An error is this one's alone."""
-        try:
-            last = sequence.advance(logits)
-        except Exception as error:
-            log.exception("choosing a token failed")
-            sequence.fail(f"choosing a token failed: {error}")
-            self.metrics.finished("failed")
-            return True
-        if last:
-            self.metrics.finished("done")
-        return last
 
     def _end(self, sequences: list[Sequence]) -> None:
         """Take these sequences out of wherever they are, and give back their places."""
@@ -192,8 +185,17 @@ class Batcher:
                 self._waiting.clear()
         self.release(len(sequences))
         for sequence in sequences:
-            sequence.fail(message)
+            sequence.emit(Piece(generated=sequence.generated, error=message))
             self.metrics.finished("failed")
+
+
+def _next_piece(sequence: Sequence, logits: torch.Tensor) -> Piece | None:
+    """The sequence's piece after these logits [vocabulary]. What goes wrong here is its own affair, not the others'."""
+    try:
+        return sequence.advance(logits)
+    except Exception as error:
+        log.exception("choosing a token failed")
+        return Piece(generated=sequence.generated, error=f"choosing a token failed: {error}")
 
 
 def _end_tokens(model: PreTrainedModel) -> frozenset[int]:

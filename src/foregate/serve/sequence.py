@@ -69,16 +69,14 @@ class Sequence:
         for row, token in zip(logits, following, strict=False):  # the last one foretells the reply's first token
             self._logprobs.append(token_logprob(self.tokenizer, row, token, self.order.logprobs or 0))
 
-    def advance(self, logits: torch.Tensor) -> bool:
-        """Choose the next token by logits [vocabulary] and hand out what is certain; true when that was the last."""
+    def advance(self, logits: torch.Tensor) -> Piece | None:
+        """Choose the next token by logits [vocabulary]; what is certain now, or None when that is nothing yet."""
         if self.order.max_tokens == 0:
-            self._hand_out("", "length")
-            return True
+            return self._piece("", "length")
         token = self._sampler.choose(logits, self.progress.tokens)
         self.generated += 1
         if token in self.end_tokens:
-            self._hand_out(self._text.finish(), "stop")
-            return True
+            return self._piece(self._text.finish(), "stop")
         if self.order.logprobs is not None:
             self._logprobs.append(token_logprob(self.tokenizer, logits, token, self.order.logprobs))
         self.progress.tokens.append(token)
@@ -86,15 +84,11 @@ class Sequence:
         full = self.generated == self.order.max_tokens
         if full:
             text += self._text.finish()
-        reason: FinishReason | None = "stop" if self._text.stopped else "length" if full else None
-        self._hand_out(text, reason)
-        return reason is not None
+        return self._piece(text, "stop" if self._text.stopped else "length" if full else None)
 
-    def fail(self, message: str) -> None:
-        """End the reply with an error."""
-        self.emit(Piece(generated=self.generated, error=message))
-
-    def _hand_out(self, text: str, reason: FinishReason | None) -> None:
-        if text or self._logprobs or reason:
-            self.emit(Piece(text, tuple(self._logprobs), self.generated, reason))
-            self._logprobs.clear()
+    def _piece(self, text: str, reason: FinishReason | None) -> Piece | None:
+        if not text and not self._logprobs and reason is None:
+            return None
+        piece = Piece(text, tuple(self._logprobs), self.generated, reason)
+        self._logprobs.clear()
+        return piece
