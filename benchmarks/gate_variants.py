@@ -10,8 +10,9 @@ from torch.nn import functional
 from foregate.config import AlignConfig
 from foregate.lookahead.fit import FALL_OFF, FAR_WEIGHT, STATISTICS_ROWS, evenly
 from foregate.lookahead.gate import LookaheadGate, boundary
+from foregate.lookahead.metrics import chosen_mask
 from foregate.lookahead.samples import SourceSamples, hits
-from foregate.lookahead.teacher import Teacher, chosen_mask
+from foregate.lookahead.teacher import Teacher
 
 JUDGED_ROWS = 8192  # after each epoch
 CHUNK_ROWS = 4096

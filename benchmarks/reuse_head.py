@@ -20,7 +20,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from foregate.lookahead.reuse import WINDOWS, fit_reuse_head, history_features, reused, used_experts
+from foregate.lookahead.metrics import chosen_mask
+from foregate.lookahead.reuse import WINDOWS, fit_reuse_head, history_features, reused
 from foregate.lookahead.trace import Trace
 
 HALF_LIVES = (1, 2, 4, 8, 16, 32, 64)  # tokens, of decayed frequencies
@@ -45,7 +46,7 @@ class Layer:
 def read_layer(trace: Trace, layer: int, tokens: int) -> Layer:
     """The first rows of one layer, sequence after sequence as one stream: a cache lives on between texts."""
     experts = trace.layers[layer].num_experts
-    used = used_experts(trace.chosen(layer)[:tokens].long(), experts)
+    used = chosen_mask(trace.chosen(layer)[:tokens].long(), experts)
     decay = 0.5 ** (1 / torch.tensor(HALF_LIVES))
     state, last = torch.zeros(len(HALF_LIVES), experts), torch.full((experts,), 1e4)
     decayed, age = [], []

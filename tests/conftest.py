@@ -60,6 +60,13 @@ def store(checkpoint: Callable[[str], Path], tmp_path_factory: pytest.TempPathFa
     return make
 
 
+@pytest.fixture(scope="session")
+def demo_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The trained mixtral-tiny as a store of 4 bits, with its gates. Not to be changed by a test."""
+    model = Path(__file__).parents[1] / "demo/mixtral-tiny"
+    return foregate.convert(model, tmp_path_factory.mktemp("demo") / "store", bits=4)
+
+
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 1 MiB, mounted for the test."""

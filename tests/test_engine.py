@@ -1,8 +1,11 @@
 """The engine: the same bytes out whatever the budget and policy, and it survives errors."""
 
 import errno
+import itertools
 import os
+import shutil
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,9 +16,11 @@ from hypothesis import strategies as st
 from transformers import PreTrainedModel
 
 import foregate
+from foregate import engine as engine_module
 from foregate.engine import places_by_expert, weighted_sum
 from foregate.errors import ForegateError
 from foregate.memory import disk
+from foregate.schedule import BOUNDS, POLICIES
 
 Folder = Callable[[str], Path]
 IDS = torch.randint(3, 250, (2, 20), generator=torch.Generator().manual_seed(3))
@@ -30,7 +35,7 @@ def logits(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
 def test_output_is_byte_identical_for_every_budget_and_policy(family: str, store: Folder) -> None:
     results = []
     for memory in ("17%", "34%", "100%"):
-        for policy in ("demand", "lru"):
+        for policy in ("demand", "lru", "mixtral-offloading", "mixtral-offloading-code"):
             if family == "qwen3_moe" and memory == "17%":
                 memory = "20%"
             model = foregate.load(store(family), memory=memory, policy=policy)
@@ -59,6 +64,18 @@ def test_a_tokens_result_does_not_depend_on_its_batch(family: str, store: Folder
     model.foregate.close()
 
 
+def test_every_policy_writes_the_same_text_on_a_trained_model(demo_store: Path) -> None:
+    """The bounds know the future from a run that was recorded."""
+    prompt, texts, future = torch.arange(50, 62)[None], {}, None
+    for policy in [*POLICIES, *BOUNDS]:
+        model = foregate.load(demo_store, memory="25%", policy=policy, threads=1, future=future)
+        calls = model.foregate.record_calls()
+        texts[policy] = model.generate(prompt, max_new_tokens=24, do_sample=False)
+        future = future or [(call.layer, call.experts) for call in calls]
+        model.foregate.close()
+    assert all(torch.equal(text, texts["lru"]) for text in texts.values())
+
+
 def test_hits_misses_and_bytes_are_what_the_policy_makes_them(store: Folder) -> None:
     model = foregate.load(store("mixtral"), memory="100%", policy="lru")
     engine = model.foregate
@@ -84,37 +101,90 @@ def test_each_needed_expert_is_read_once_per_layer_and_prompt(store: Folder) -> 
 
 
 def test_after_a_read_error_the_model_goes_on(store: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A place of the disk that cannot be read, however often it is tried."""
     model = foregate.load(store("mixtral"), memory="50%")
-    expected, real, calls = logits(model, IDS), os.preadv, []
+    expected, real, bad = logits(model, IDS), os.preadv, []
 
-    def fail_third(fd: int, buffers: list[memoryview], offset: int) -> int:
-        calls.append(offset)
-        if len(calls) == 3:
+    def fail_at_one_place(fd: int, buffers: list[memoryview], offset: int) -> int:
+        bad.append(offset)
+        if offset == bad[len(bad[:3]) - 1]:
             raise OSError(errno.EIO, "Input/output error")
         return real(fd, buffers, offset)
 
-    monkeypatch.setattr(disk.os, "preadv", fail_third)
+    monkeypatch.setattr(disk, "RETRY_PAUSES", (0.001, 0.001, 0.001))
+    monkeypatch.setattr(disk.os, "preadv", fail_at_one_place)
     with pytest.raises(ForegateError, match=r"record model\.layers.* cannot be read"):
         logits(model, IDS)
+    monkeypatch.setattr(disk.os, "preadv", real)
+    assert torch.equal(logits(model, IDS), expected)
+    model.foregate.close()
+
+
+@pytest.mark.parametrize("fault", ["one error", "short reads", "slow reads"])
+@pytest.mark.parametrize("policy", ["lru", "mixtral-offloading", "lookahead"])
+def test_a_poor_disk_never_changes_the_text(
+    demo_store: Path, policy: str, fault: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompt, texts = torch.arange(50, 62)[None], []
+    model = foregate.load(demo_store, memory="25%", policy="lru", threads=1)
+    texts.append(model.generate(prompt, max_new_tokens=12, do_sample=False))
+    model.foregate.close()
+    real, calls = os.preadv, itertools.count(1)
+
+    def poor(fd: int, buffers: list[memoryview], offset: int) -> int:
+        number = next(calls)
+        if fault == "one error" and number % 10 == 0:
+            raise OSError(errno.EIO, "Input/output error")
+        if fault == "short reads" and len(buffers[0]) > 4096:
+            return real(fd, [buffers[0][:4096]], offset)
+        if fault == "slow reads" and number in (5, 60):
+            time.sleep(1.0)
+        return real(fd, buffers, offset)
+
+    model = foregate.load(demo_store, memory="25%", policy=policy, threads=1)
+    monkeypatch.setattr(disk.os, "preadv", poor)
+    texts.append(model.generate(prompt, max_new_tokens=12, do_sample=False))
+    model.foregate.close()
+    assert torch.equal(*texts)
+    assert next(calls) > 60
+
+
+def test_a_record_that_changes_while_it_is_in_use_is_an_error(store: Folder, tmp_path: Path) -> None:
+    """Bytes of one record change on disk after loading: the text stays right, or the run ends with the record's name."""
+    copied = Path(shutil.copytree(store("mixtral"), tmp_path / "store"))
+    model = foregate.load(copied, memory="25%", policy="lru")
+    expected = logits(model, IDS)
+    file = model.foregate.store.experts_path
+    offset, _ = model.foregate.store.location((0, 0))
+    time.sleep(0.02)  # file systems stamp changes with a coarse clock
+    with file.open("r+b") as stream:
+        stream.seek(offset)
+        byte = stream.read(1)
+        stream.seek(offset)
+        stream.write(bytes([byte[0] ^ 1]))
+    with pytest.raises(ForegateError, match=r"record model\.layers\.0\.mlp\.experts\.0 is damaged"):
+        logits(model, IDS)
+    with file.open("r+b") as stream:
+        stream.seek(offset)
+        stream.write(byte)
     assert torch.equal(logits(model, IDS), expected)
     model.foregate.close()
 
 
 def test_after_a_disk_that_hangs_the_model_goes_on(store: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = foregate.load(store("mixtral"), memory="50%")
+    model = foregate.load(store("mixtral"), memory="25%", policy="lru")
     expected, real, answer = logits(model, IDS), os.preadv, threading.Event()
 
     def hang(fd: int, buffers: list[memoryview], offset: int) -> int:
         answer.wait(30)
         return real(fd, buffers, offset)
 
-    monkeypatch.setattr(disk, "WAIT_SECONDS", 0.2)
+    monkeypatch.setattr(engine_module, "WAIT_SECONDS", 0.2)
     monkeypatch.setattr(disk.os, "preadv", hang)
     with pytest.raises(ForegateError, match="no answer from the disk"):
-        model.foregate._empty_slots()  # nothing is resident: the next layer must read
         logits(model, IDS)
     monkeypatch.setattr(disk.os, "preadv", real)
-    monkeypatch.setattr(disk, "WAIT_SECONDS", 60.0)
+    monkeypatch.setattr(engine_module, "WAIT_SECONDS", 60.0)
     answer.set()
     assert torch.equal(logits(model, IDS), expected)
     model.foregate.close()

@@ -13,15 +13,23 @@ class ConvertConfig:
 
 
 @dataclass(frozen=True)
+class InflateConfig:
+    """How an inflated checkpoint is written."""
+
+    shard_bytes: int = 2 << 30  # of tensors in one file
+
+
+@dataclass(frozen=True)
 class EngineConfig:
     """How a store is run."""
 
     memory: str = "25%"  # a share of the experts, or bytes for backbone and experts together
-    policy: str = "lru"
+    policy: str = "auto"  # lookahead where the store has gates, otherwise lru
     readers: int = 2  # threads that read records; more only add latency on one disk
     threads: int = 0  # threads that compute; 0 is one per core
     kernel: str = "auto"  # the fastest that works here
     exact: bool = False  # quantized experts: keep activations in float32 instead of int8
+    link_bandwidth: float | None = None  # bytes/s: records are read as if from a slower disk
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,9 @@
 
 import threading
 import time
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -11,47 +13,93 @@ from foregate.checkpoint.store import ExpertKey, Store
 from foregate.errors import ForegateError
 from foregate.kernels import Kernel, Work, choose_kernel
 from foregate.memory.budget import Budget
-from foregate.memory.disk import DiskReader
+from foregate.memory.link import Finished, Link
 from foregate.memory.slots import SlotMemory
 from foregate.report import Recorder
-from foregate.schedule import Load, make_scheduler
+from foregate.schedule import Action, Call, Cancel, Hurry, Load, Prediction, Route, Scheduler, Shape, make_scheduler
 
-if TYPE_CHECKING:
-    from foregate.lookahead.live import LiveGates
+WAIT_SECONDS = 120.0  # a link that finishes nothing for so long is reported, not waited for
+
+
+class Predictor(Protocol):
+    """What watches the model's routers and says what their successors will choose."""
+
+    def routed(self, layer: int, chosen: torch.Tensor) -> None:
+        """The router of `layer` chose these experts: int [tokens, top_k]. Called for every layer in turn."""
+
+    def predict(self, layer: int) -> Prediction | None:
+        """What follows the call of `layer` that `routed` was just told of."""
 
 
 class Engine:
-    """Ties scheduler, slots, reader and kernel together for one model.
+    """Ties scheduler, slots, link and kernel together for one model.
 
-    The output does not depend on policy or budget: they only decide when bytes move. One layer runs at a time,
-    whichever thread asks.
+    The output does not depend on policy, budget or predictions: they only decide when bytes move. One layer runs at a
+    time, whichever thread asks. The link's threads report every end of a load at once, so that the next one starts
+    while the model computes: scheduler and recorder are only used under `_state`.
     """
 
-    def __init__(self, store: Store, budget: Budget, *, policy: str, readers: int, kernel: str, exact: bool) -> None:
+    def __init__(
+        self,
+        store: Store,
+        budget: Budget,
+        *,
+        policy: str,
+        readers: int,
+        kernel: str,
+        exact: bool,
+        link_bandwidth: float | None = None,
+        future: Sequence[Route] | None = None,
+    ) -> None:
         self.store, self.budget, self.policy, self.exact = store, budget, policy, exact
         self.kernel, self.kernel_note = choose_kernel(kernel)
-        self.scheduler = make_scheduler(policy, budget.slots)
         self.recorder = Recorder(len(store.layers))
-        self._readers = readers
-        self._memory = SlotMemory(budget.slots, budget.slot_bytes)
-        self._reader = DiskReader(store, self._memory, readers)
+        self._readers, self._link_bandwidth, self._future = readers, link_bandwidth, future
         self._kernels: list[Kernel] = []  # one a layer
         self._prepared: dict[int, tuple[int, Any]] = {}  # slot -> (layer, the slot as that layer's kernel takes it)
-        self._gates: LiveGates | None = None
-        self._lock = threading.Lock()
+        self._predictor: Predictor | None = None
+        self._turn = threading.Lock()  # one layer at a time
+        self._state = threading.Condition()  # signalled when a load has ended
+        self._failure: BaseException | None = None
+        self._closed = self._link_lost = False
+        self._calls: list[Call] | None = None
+        self._before: Prediction | None = None  # of the next call
+        self.scheduler = self._new_scheduler()
+        self._link = self._open_link()
 
     def connect(self, modules: list[nn.Module]) -> None:
         """Tell the engine the model's experts modules, one a layer: they say how gate and up combine."""
         self._kernels = [self.kernel(module, self.exact) for module in modules]
 
-    def follow(self, gates: "LiveGates") -> None:
-        """Have the lookahead policy's scheduler told what these gates expect."""
-        self._gates = gates
+    def follow(self, predictor: Predictor) -> None:
+        """Have the scheduler told what this predictor expects."""
+        self._predictor = predictor
 
     @property
     def direct_reads(self) -> bool:
         """Whether records are read past the page cache."""
-        return self._reader.direct
+        return self._link.direct
+
+    @property
+    def link(self) -> Link:
+        """What carries records into slots."""
+        return self._link
+
+    @property
+    def listens(self) -> bool:
+        """Whether the policy has use for predictions now."""
+        return self.scheduler.wants_predictions()
+
+    def record_calls(self) -> list[Call]:
+        """From now on every call of a layer is added to this list, with what was predicted around it."""
+        self._calls = []
+        return self._calls
+
+    def expect(self, prediction: Prediction) -> None:
+        """Pass on a prediction that came from elsewhere than a layer's router, such as a sampled token's embedding."""
+        with self._state:
+            self._note(prediction)
+            self._carry_out(self.scheduler.predicted(prediction, time.perf_counter()))
 
     def run_layer(
         self, layer: int, hidden: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
@@ -61,17 +109,25 @@ class Engine:
         hidden: float32 [tokens, hidden]; top_k_index, top_k_weights: [tokens, k]. Returns [tokens, hidden]. Raises
         ForegateError when a record cannot be read; the next call then starts with empty slots.
         """
-        with self._lock:
+        with self._turn:
+            if self._link_lost:
+                self._link, self._link_lost, self._failure = self._open_link(), False, None
             try:
                 return self._run_layer(layer, hidden.contiguous(), top_k_index, top_k_weights)
             except BaseException:
-                self._empty_slots()
+                self._start_anew()
                 raise
 
     def close(self) -> None:
-        """End the reader threads. The model cannot run afterwards."""
-        with self._lock:
-            self._reader.close()
+        """End the link's threads. The model cannot run afterwards."""
+        with self._turn:
+            with self._state:
+                self._closed = True
+                self._failure = None
+                self._give_up("this model was closed: load it again")
+            self._link.close()
+
+    # -- the step -------------------------------------------------------------------------------------------------
 
     def _run_layer(
         self, layer: int, hidden: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
@@ -80,34 +136,66 @@ class Engine:
         waiting = places_by_expert(top_k_index, self.store.layers[layer].num_experts)
         outputs = hidden.new_zeros(hidden.shape[0] * top_k, hidden.shape[1])
 
-        self._record_routing(layer, waiting)
-        if self._gates is not None:
-            self._gates.routed(layer, top_k_index, self.scheduler)
-        self._carry_out(self.scheduler.routed(layer, waiting))
+        self._route(layer, list(waiting), tokens=hidden.shape[0])
+        self._predict(layer, top_k_index)
         while waiting:
-            ready = [expert for expert in waiting if self.scheduler.is_resident((layer, expert))]
-            if not ready:  # nothing to compute until a load arrives
-                self._await_load(layer)
-                continue
+            ready = self._await_resident(layer, waiting)
             places = {expert: waiting.pop(expert) for expert in ready}
             work = [Work(self._expert((layer, e)), rows // top_k, rows) for e, rows in places.items()]
+            start = time.perf_counter()
             self._kernels[layer].run(hidden, work, outputs)
-            for expert in ready:
-                self._carry_out(self.scheduler.computed((layer, expert)))
+            self.recorder.computed(layer, len(work), time.perf_counter() - start)
+            self._release(layer, ready)
         return weighted_sum(outputs.view(-1, top_k, hidden.shape[1]), top_k_weights)
 
-    def _carry_out(self, loads: list[Load]) -> None:
-        for load in loads:
-            self._reader.submit(load)
+    def _route(self, layer: int, experts: list[int], tokens: int) -> None:
+        with self._state:
+            if self._failure is not None:
+                raise self._failure
+            resident = self._resident(layer, experts)
+            self.recorder.routed(layer, len(resident), len(experts) - len(resident))
+            if self._calls is not None:
+                self._calls.append(Call(layer, tuple(experts), tokens, before=self._before))
+                self._before = None
+            self._carry_out(self.scheduler.routed(layer, experts, time.perf_counter(), tokens))
 
-    def _await_load(self, layer: int) -> None:
-        start = time.perf_counter()
-        finished = self._reader.wait()
-        self.recorder.stalled(layer, time.perf_counter() - start)
-        if finished.error:
-            raise finished.error
-        self.recorder.loaded(layer, finished.nbytes)
-        self._carry_out(self.scheduler.arrived(finished.key))
+    def _predict(self, layer: int, chosen: torch.Tensor) -> None:
+        if self._predictor is None:
+            return
+        self._predictor.routed(layer, chosen)
+        if self.listens and (prediction := self._predictor.predict(layer)):
+            self.expect(prediction)
+
+    def _note(self, prediction: Prediction) -> None:
+        if self._calls is not None and prediction.token:
+            self._before = prediction
+        elif self._calls:
+            self._calls[-1] = replace(self._calls[-1], after=prediction)
+
+    def _await_resident(self, layer: int, waiting: Iterable[int]) -> list[int]:
+        """Those of the experts that can be computed now; waits until there is one."""
+        with self._state:
+            ready, start = self._resident(layer, waiting), time.perf_counter()
+            if ready:
+                return ready
+            while not ready:
+                if self._failure is not None:
+                    raise self._failure
+                if not self._state.wait(WAIT_SECONDS):
+                    raise ForegateError(f"{self.store.experts_path}: no answer from the disk in {WAIT_SECONDS:g} s")
+                ready = self._resident(layer, waiting)
+            seconds = time.perf_counter() - start
+            self.recorder.stalled(layer, seconds)
+            self.scheduler.waited(seconds)
+            return ready
+
+    def _resident(self, layer: int, experts: Iterable[int]) -> list[int]:
+        return [expert for expert in experts if self.scheduler.is_resident((layer, expert))]
+
+    def _release(self, layer: int, experts: list[int]) -> None:
+        with self._state:
+            for expert in experts:
+                self._carry_out(self.scheduler.computed((layer, expert), time.perf_counter()))
 
     def _expert(self, key: ExpertKey) -> Any:
         layer, slot = key[0], self.scheduler.slot(key)
@@ -118,21 +206,71 @@ class Engine:
             self._prepared[slot] = (layer, expert)
         return expert
 
-    def _record_routing(self, layer: int, places: dict[int, torch.Tensor]) -> None:
-        hits = sum(self.scheduler.is_resident((layer, expert)) for expert in places)
-        self.recorder.routed(layer, hits, len(places) - hits)
+    # -- the link -------------------------------------------------------------------------------------------------
 
-    def _empty_slots(self) -> None:
-        """After an error or an interruption: let loads in flight land, then forget what the slots hold."""
-        try:
-            while self._reader.in_flight:
-                self._reader.wait()
-        except ForegateError:  # the disk hangs: a late read must not land in memory that is used again
-            self._reader.close_later()
-            self._memory = SlotMemory(self.budget.slots, self.budget.slot_bytes)
-            self._reader = DiskReader(self.store, self._memory, self._readers)
-        self._prepared.clear()
-        self.scheduler = make_scheduler(self.policy, self.budget.slots)
+    def _carry_out(self, actions: Iterable[Action]) -> None:
+        for action in actions:
+            match action:
+                case Load():
+                    self._link.submit(action)
+                    self._in_flight += 1
+                case Hurry():
+                    self._link.hurry(action.key)
+                case Cancel():
+                    self._link.cancel(action.key)
+
+    def _ended(self, finished: Finished, memory: SlotMemory) -> None:
+        """A load has ended, well or not. Runs in a thread of the link."""
+        with self._state:
+            if memory is not self._memory:
+                return  # the answer of a link that was given up
+            self._in_flight -= 1
+            self.recorder.loaded(finished.key[0], finished.nbytes)
+            now = time.perf_counter()
+            self._failure = self._failure or finished.error
+            if self._failure is None:
+                if finished.dropped:
+                    self._carry_out(self.scheduler.dropped(finished.key, now))
+                else:
+                    self._carry_out(self.scheduler.arrived(finished.key, finished.seconds, now))
+            self._state.notify_all()
+
+    def _open_link(self) -> Link:
+        self._in_flight = 0  # loads whose end was not heard of yet
+        memory = self._memory = SlotMemory(self.scheduler.slots, self.budget.slot_bytes)
+        return Link(
+            self.store,
+            memory,
+            readers=self._readers,
+            finished=lambda finished: self._ended(finished, memory),
+            bandwidth=self._link_bandwidth,
+        )
+
+    def _new_scheduler(self) -> Scheduler:
+        layers = self.store.layers
+        shape = Shape(tuple(layer.num_experts for layer in layers), tuple(layer.top_k for layer in layers))
+        return make_scheduler(self.policy, self.budget.slots, shape, self._future)
+
+    def _start_anew(self) -> None:
+        """After an error or an interruption: nothing in flight may land in memory that is used again."""
+        with self._state:
+            if self._closed:
+                return
+            self._give_up("this run was given up")
+            idle = self._state.wait_for(lambda: not self._in_flight, WAIT_SECONDS)
+            self.scheduler = self._new_scheduler()
+            self._prepared.clear()
+            if idle:
+                self._failure = None
+            else:  # the disk hangs
+                self._link.close_later()
+                self._link_lost = True
+
+    def _give_up(self, why: str) -> None:
+        """Start no load any more, and drop those in flight."""
+        self._failure = self._failure or ForegateError(why)
+        for key in self.scheduler.in_flight():
+            self._link.cancel(key)
 
 
 def places_by_expert(top_k_index: torch.Tensor, num_experts: int) -> dict[int, torch.Tensor]:

@@ -4,7 +4,7 @@ import json
 import os
 import platform
 import tempfile
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, astuple, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ import transformers
 from foregate.errors import ForegateError
 from foregate.memory.process import peak_memory_bytes
 
-REPORT_VERSION = 1
+REPORT_VERSION = 2
 
 
 @dataclass
@@ -22,9 +22,12 @@ class LayerCounts:
     """One MoE layer's traffic. Experts are counted once per layer call, however many tokens chose them."""
 
     hits: int = 0
-    misses: int = 0
+    misses: int = 0  # not resident when routed; prefetches under way are among them
     bytes_read: int = 0
     stall_seconds: float = 0.0  # compute stood still for a load
+    kernel_calls: int = 0
+    experts_computed: int = 0
+    kernel_seconds: float = 0.0
 
 
 @dataclass
@@ -51,14 +54,15 @@ class Recorder:
     def stalled(self, layer: int, seconds: float) -> None:
         self.layers[layer].stall_seconds += seconds
 
+    def computed(self, layer: int, experts: int, seconds: float) -> None:
+        counts = self.layers[layer]
+        counts.kernel_calls += 1
+        counts.experts_computed += experts
+        counts.kernel_seconds += seconds
+
     def totals(self) -> LayerCounts:
         """All layers together."""
-        return LayerCounts(
-            hits=sum(layer.hits for layer in self.layers),
-            misses=sum(layer.misses for layer in self.layers),
-            bytes_read=sum(layer.bytes_read for layer in self.layers),
-            stall_seconds=sum(layer.stall_seconds for layer in self.layers),
-        )
+        return LayerCounts(*(sum(values) for values in zip(*map(astuple, self.layers), strict=True)))
 
 
 def build_report(engine: Any, settings: dict[str, Any], tokens: dict[str, int], seconds: dict[str, float]) -> dict:
@@ -96,6 +100,9 @@ def build_report(engine: Any, settings: dict[str, Any], tokens: dict[str, int], 
             "read_path": "direct" if engine.direct_reads else "buffered",
             "kernel": f"{engine.kernel.name} ({engine.kernel_note})",
         },
+        "prefetches": asdict(engine.scheduler.prefetches),
+        "policy": engine.scheduler.facts(),
+        "link": {"busy_seconds": engine.link.busy_seconds, "bytes_moved": engine.link.bytes_moved},
         "memory": {
             "slots": used.slots,
             "slot_bytes": used.slot_bytes,

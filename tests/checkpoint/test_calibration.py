@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 
 import foregate
 from foregate.checkpoint.architecture import inspect_architecture
+from foregate.checkpoint.inflate import inflate
 from foregate.checkpoint.source import open_checkpoint
 from foregate.checkpoint.store import Store
 from foregate.cli.main import app
@@ -170,6 +171,13 @@ def test_refusals(options: dict, message: str, checkpoint: Folder, trace: Folder
     with pytest.raises(ForegateError, match=message) as caught:
         foregate.convert(checkpoint("mixtral"), tmp_path / "store", **options)
     assert "\n" not in str(caught.value)
+    assert not list(tmp_path.glob("store*"))
+
+
+def test_the_trace_of_a_narrower_model(checkpoint: Folder, trace: Folder, tmp_path: Path) -> None:
+    wide = inflate(checkpoint("mixtral"), tmp_path / "wide", hidden=128, ffn=96)
+    with pytest.raises(ForegateError, match="another model, whose experts read 64 values instead of 128: record one"):
+        foregate.convert(wide, tmp_path / "store", bits=4, trace=trace("mixtral"))
     assert not list(tmp_path.glob("store*"))
 
 

@@ -54,6 +54,13 @@ def test_convert_verify_generate(checkpoint: Folder, tmp_path: Path) -> None:
     check_report(json.loads(report_path.read_text()))
 
 
+def test_inflate(checkpoint: Folder, tmp_path: Path) -> None:
+    done = foregate("inflate", checkpoint("mixtral"), tmp_path / "wide", "--hidden", 192, "--ffn", 192)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(f"{tmp_path / 'wide'}: ")
+    assert "MiB in 1 file, in" in done.stdout
+
+
 def check_report(report: dict) -> None:
     experts, layers = report["experts"], report["by_layer"]
     assert experts["hits"] == sum(layer["hits"] for layer in layers)
@@ -78,9 +85,14 @@ def test_text_is_the_same_for_every_memory_and_policy(store: Folder) -> None:
     assert next(iter(texts)).startswith("hello")
 
 
-def test_errors_are_one_line_and_exit_code_2(fails: Callable[..., str], store: Folder, tmp_path: Path) -> None:
+def test_errors_are_one_line_and_exit_code_2(
+    fails: Callable[..., str], checkpoint: Folder, store: Folder, tmp_path: Path
+) -> None:
     good = store("mixtral")
     assert "no such folder" in fails("convert", tmp_path / "nowhere", tmp_path / "x")
+    assert "the nearest is 64 or 128" in fails(
+        "inflate", checkpoint("mixtral"), tmp_path / "x", "--hidden", 65, "--ffn", 96
+    )
     assert "no such store" in fails("verify", tmp_path / "nowhere")
     assert "no such store" in fails("generate", tmp_path / "nowhere", *GENERATE)
     smallest = fails("generate", good, *GENERATE, "--memory", "1%")

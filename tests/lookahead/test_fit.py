@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from foregate.lookahead.fit import expected_calibration_error, logistic_fit
-from foregate.lookahead.teacher import Teacher, chosen_mask
+from foregate.lookahead.metrics import chosen_mask
+from foregate.lookahead.teacher import Teacher
 
 
 def agreement(logits: torch.Tensor, chosen: torch.Tensor) -> float:

@@ -4,14 +4,19 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 import foregate
 from foregate.checkpoint.source import GATES_FILE
 from foregate.errors import ForegateError
+from foregate.lookahead.gate import Target
 from foregate.lookahead.gates import GateLayer, GatesHeader, LookaheadGates
-from foregate.schedule.lookahead import LookaheadScheduler
+from foregate.lookahead.live import PackedGate
+from foregate.lookahead.record import observed
+from foregate.model.routers import find_routers
+from foregate.schedule import Prediction
 
 Folder = Callable[[str], Path]
 
@@ -41,9 +46,9 @@ def test_output_is_that_of_lru_whatever_the_gates_say(store: Folder, family: str
     for policy in ("lru", "lookahead"):
         model = foregate.load(copied, memory="30%", policy=policy)
         texts.append(model.generate(prompt, max_new_tokens=12, do_sample=False, pad_token_id=0))
-        listened.append(getattr(model.foregate.scheduler, "_reuse", {}))
+        listened.append(model.foregate.scheduler.facts().get("tokens", 0))
     assert torch.equal(*texts)
-    assert not listened[0] and len(listened[1]) == len(model.foregate.store.layers)
+    assert listened == [0, 12]
 
 
 def test_without_gates_only_the_lookahead_policy_complains(store: Folder) -> None:
@@ -71,15 +76,61 @@ def test_gates_of_a_checkpoint_go_into_its_stores(checkpoint: Folder, store: Fol
         foregate.load(made, policy="lookahead")
 
 
-def test_the_least_expected_leaves_first() -> None:
-    scheduler = LookaheadScheduler(3)
-    for expert in (0, 1, 2):
-        for load in scheduler.routed(0, [expert]):
-            scheduler.arrived(load.key)
-        scheduler.computed((0, expert))
-    scheduler.reuse_expected(0, [0.5, 0.1, 0.3, 0.0])
-    assert scheduler.victim() == (0, 1)
-    scheduler.choice_expected(0, [0.0, 0.9, 0.0, 0.0])
-    assert scheduler.victim() == (0, 2)
-    scheduler.reuse_expected(0, [0.0, 0.0, 0.0, 0.0])
-    assert scheduler.victim() == (0, 0)  # all equal: the least recently used
+@pytest.mark.parametrize("family", ["mixtral", "deepseek_v3", "gpt_oss"])
+def test_live_gates_say_what_the_gates_compute(store: Folder, family: str, tmp_path: Path) -> None:
+    """Token by token, every prediction of a run against `LookaheadGates` on the same router inputs."""
+    copied = with_gates(store(family), tmp_path)
+    model = foregate.load(copied, memory="100%", policy="lookahead")
+    reference = LookaheadGates.load(copied / GATES_FILE, model.foregate.store.layers)
+    routers = find_routers(model, model.foregate.store.layers)
+    embedded, routed = [], {}
+    model.get_input_embeddings().register_forward_hook(lambda module, args, output: embedded.append(output[0, -1]))
+    modules = [layer.module for layer in reference.header.layers]
+    calls, cache = model.foregate.record_calls(), None
+    with observed(model, modules, routers, routed.__setitem__), torch.inference_mode():
+        for token in (5, 9, 5, 77, 12):
+            start = len(calls)
+            cache = model(torch.tensor([[token]]), past_key_values=cache, use_cache=True).past_key_values
+            check(calls[start].before, reference.predict(len(modules), embedded[-1]))
+            for layer, call in enumerate(calls[start:]):
+                inputs, scores = routed[layer]["inputs"][0].float(), routed[layer]["scores"][0]
+                reference.observe(layer, scores.float(), routed[layer]["chosen"][0])
+                check(call.after, reference.predict(layer, inputs))
+                torch.testing.assert_close(
+                    torch.from_numpy(call.after.reuse).float(), reference.reuse(layer, inputs), atol=2e-2, rtol=0.1
+                )
+    assert len(calls) == 5 * len(modules)
+
+
+def check(prediction: Prediction, expected: list[tuple[Target, torch.Tensor]]) -> None:
+    """Inputs of a trace are rounded to bfloat16, so values agree to about that."""
+    assert [target for target, _ in prediction.ahead] == [target.layer for target, _ in expected]
+    for (_, found), (_, wanted) in zip(prediction.ahead, expected, strict=True):
+        torch.testing.assert_close(torch.from_numpy(found).float(), wanted, atol=2e-2, rtol=0.1)
+
+
+def test_of_several_tokens_any_may_choose_an_expert() -> None:
+    header = GatesHeader((GateLayer("a", 5, 2, 8), GateLayer("b", 5, 2, 8)), 8, 1, 4, {})
+    torch.manual_seed(0)
+    gate = header.new_gate(0)
+    for parameter in gate.parameters():
+        parameter.data = torch.randn(parameter.shape)
+    packed = PackedGate(gate.requires_grad_(False), lambda matrix: lambda x: x @ matrix.float().T)
+    hidden, recent = torch.randn(4, 8), np.zeros(5, np.float32)
+    alone = np.stack([packed(row[None], recent, None)[0][0] for row in hidden])
+    together = packed(hidden, recent, None)[0][0]
+    np.testing.assert_allclose(together, 1 - np.prod(1 - alone, axis=0), rtol=1e-4, atol=1e-6)
+
+
+def test_next_router_guesses_with_the_next_layers_router(store: Folder) -> None:
+    model = foregate.load(store("mixtral"), memory="100%", policy="mixtral-offloading")
+    calls, routed = model.foregate.record_calls(), {}
+    layers = model.foregate.store.layers
+    routers = find_routers(model, layers)
+    with observed(model, [n.module for n in layers], routers, routed.__setitem__), torch.inference_mode():
+        model(torch.tensor([[7]]))
+    assert calls[-1].after is None
+    for layer, call in enumerate(calls[:-1]):
+        (target, found), wanted = call.after.ahead[0], routers[layer + 1].weight @ routed[layer]["inputs"][0].float()
+        assert target == layer + 1
+        assert np.argsort(-found)[:2].tolist() == wanted.argsort(descending=True)[:2].tolist()

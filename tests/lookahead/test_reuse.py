@@ -2,17 +2,18 @@
 
 import torch
 
+from foregate.lookahead.metrics import chosen_mask
 from foregate.lookahead.reuse import (
+    FEATURES,
     HALF_LIVES,
     NEVER,
+    WIDTH,
     WINDOWS,
     ReuseHead,
     UseHistory,
     fit_reuse_head,
     history_features,
-    reuse_parameters,
     reused,
-    used_experts,
 )
 
 
@@ -45,7 +46,7 @@ def test_reused_by_hand() -> None:
 
 
 def test_an_index_outside_the_experts_is_no_use() -> None:
-    assert used_experts(torch.tensor([[0, 3], [-1, 1]]), 3).tolist() == [[True, False, False], [False, True, False]]
+    assert chosen_mask(torch.tensor([[0, 3], [-1, 1]]), 3).tolist() == [[True, False, False], [False, True, False]]
 
 
 def test_head_learns_what_the_input_announces() -> None:
@@ -57,7 +58,7 @@ def test_head_learns_what_the_input_announces() -> None:
     inputs[:, 0] = phase * 2.0 - 1
     chosen = (torch.randint(0, 4, (tokens, 1)) + 4 * phase.roll(1)[:, None]).to(torch.int16)
     head = fit_reuse_head(inputs, torch.zeros(tokens, experts), chosen, seed=0)
-    used = used_experts(chosen.long(), experts)
+    used = chosen_mask(chosen.long(), experts)
     with torch.no_grad():
         next_token = head(inputs, history_features(used, torch.zeros(tokens, experts)))[:, 0]
     in_phase = next_token.view(tokens, 2, 4).mean(2)
@@ -71,4 +72,5 @@ def test_fitting_is_reproducible_and_counts_its_parameters() -> None:
     first, second = (fit_reuse_head(inputs, scores, chosen, seed=3) for _ in range(2))
     for name, value in first.state_dict().items():
         assert torch.equal(value, second.state_dict()[name]), name
-    assert reuse_parameters(6, 4) == sum(p.numel() for p in ReuseHead(6, 4).parameters())
+    counted = WIDTH * (6 + 1) + 3 * 4 * (WIDTH + 1) + 3 * FEATURES
+    assert counted == sum(p.numel() for p in ReuseHead(6, 4).parameters())

@@ -8,8 +8,9 @@ that it makes up for what the first matrix lost.
 
 import contextlib
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -17,6 +18,7 @@ from torch.nn import functional
 
 from foregate.checkpoint.architecture import ExpertsModule
 from foregate.checkpoint.store import CalibrationInfo, Weight
+from foregate.errors import ForegateError
 from foregate.kernels.reference import expert_inner
 from foregate.lookahead.trace import Trace
 from foregate.quantize.base import Quantizer
@@ -51,6 +53,13 @@ class Calibration:
     def __init__(self, trace: Trace, layers: Sequence[ExpertsModule]) -> None:
         """Raises ForegateError when the trace was recorded from another model."""
         trace.check_matches(layers)
+        for recorded, layer in zip(trace.layers, layers, strict=True):
+            size = layer.params[_first_matrix(layer.params)][1]
+            if recorded.expert_input_size != size:
+                raise ForegateError(
+                    f"{trace.path} is the trace of another model, whose experts read {recorded.expert_input_size} values "
+                    f"instead of {size}: record one of this model with foregate trace"
+                )
         self._trace = trace
         self._layers = {layer.name: index for index, layer in enumerate(layers)}
 
@@ -86,7 +95,7 @@ def quantize_expert(
     weights (on the meta device). Raises ForegateError, naming `where`, for weights that are not finite.
     """
     with _one_thread(), torch.inference_mode():
-        first = "gate_up_proj" if experts.has_gate else "up_proj"
+        first = _first_matrix(params)
         given = {name: param.float() for name, param in params.items()}
         hessian = _hessian(inputs)
         quantized = quantizer.quantize(
@@ -138,6 +147,11 @@ def _make_up(weight: torch.Tensor, hessian: torch.Tensor, gap: torch.Tensor) -> 
 def _evenly(rows: torch.Tensor, most: int) -> torch.Tensor:
     """At most `most` of the rows, evenly spaced."""
     return rows if len(rows) <= most else rows[torch.arange(most) * len(rows) // most]
+
+
+def _first_matrix(params: Mapping[str, Any]) -> str:
+    """Name of the matrix that reads the expert's input."""
+    return "gate_up_proj" if "gate_up_proj" in params else "up_proj"
 
 
 @contextlib.contextmanager

@@ -53,6 +53,16 @@ class ExpertReader:
         """One expert's parameters, each [out, in] (biases [out]) and contiguous, in the checkpoint's own dtype."""
         return {name: self._read_param(layer, name, expert) for name in layer.params}
 
+    @property
+    def expert_places(self) -> dict[str, tuple[str, str | None]]:
+        """Key of an expert's tensor, or of a layer's -> parameter, pattern of the conversion."""
+        return {
+            key: (target, None if pattern == key else pattern)
+            for target, sources in self._sources.items()
+            for pattern, keys in sources.items()
+            for key in keys
+        }
+
     def _sort_keys(self) -> None:
         state = self.architecture.model.state_dict()
         params = {f"{layer.name}.{name}" for layer in self.architecture.layers for name in layer.params}

@@ -7,6 +7,7 @@ quantized backbone the matrices of its linear modules lie in `matrices.safetenso
 """
 
 import json
+import os
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -264,6 +265,7 @@ class Store:
         self.backbone_path = self.path / BACKBONE_FILE
         self.matrices_path = self.path / MATRICES_FILE
         self._offsets = self._check_experts_file()
+        self.experts_version = file_version(self.experts_path.stat())
         self._check_backbone_file()
         self._matrix_offsets = self._check_matrices_file() if self.matrices else []
 
@@ -350,6 +352,11 @@ class Store:
         if entries:
             raise _damaged(self.matrices_path, f"it holds unknown matrices, first {next(iter(entries))}")
         return offsets
+
+
+def file_version(status: os.stat_result) -> tuple[int, int, int]:
+    """What differs once a file was written to or replaced: (inode, bytes, time of the last change in ns)."""
+    return status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def record_name(layer: LayerInfo, expert: int) -> str:

@@ -110,7 +110,7 @@ class PartialFolder:
         _fsync_folder(self.path)
         self.path.rename(self.destination)
         for helper in (JOURNAL, LOCK):
-            (self.destination / helper).unlink()
+            (self.destination / helper).unlink(missing_ok=True)
         _fsync_folder(self.destination)
         _fsync_folder(self.destination.parent)
 

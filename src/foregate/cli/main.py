@@ -5,7 +5,7 @@ import sys
 import typer
 
 from foregate import ForegateError, __version__
-from foregate.cli import align, bench, convert, demo, evaluate, evaluate_gates, generate, serve, trace, verify
+from foregate.cli import align, bench, convert, demo, evaluate, evaluate_gates, generate, inflate, serve, trace, verify
 
 app = typer.Typer(
     name="foregate",
@@ -14,7 +14,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for module in (demo, convert, verify, generate, serve, evaluate, trace, align, evaluate_gates):
+for module in (demo, convert, verify, generate, serve, evaluate, trace, align, evaluate_gates, inflate):
     app.command(name=module.NAME)(module.run)
 app.add_typer(bench.app, name="bench")
 

@@ -16,8 +16,9 @@ from torch.nn import functional
 from foregate.config import AlignConfig
 from foregate.errors import ForegateError
 from foregate.lookahead.gate import LookaheadGate, boundary
+from foregate.lookahead.metrics import chosen_mask
 from foregate.lookahead.samples import SourceSamples, hits
-from foregate.lookahead.teacher import Teacher, chosen_mask
+from foregate.lookahead.teacher import Teacher
 
 STATISTICS_ROWS = 16384  # for means, spreads and the teachers' offsets
 RIDGE_ROWS = 65536

@@ -17,7 +17,8 @@ from safetensors.torch import save
 
 from foregate.errors import ForegateError, first_line
 from foregate.lookahead.gate import GateLayer, LookaheadGate, Target, targets, token_source
-from foregate.lookahead.reuse import ReuseHead, UseHistory, used_experts
+from foregate.lookahead.metrics import chosen_mask
+from foregate.lookahead.reuse import ReuseHead, UseHistory
 
 FORMAT_VERSION = 1
 TOKEN_SOURCE = "token"
@@ -97,7 +98,7 @@ class LookaheadGates:
         """
         experts = self.header.layers[layer].num_experts
         self._recent[layer] = scores[:experts].float()
-        self._history[layer].observe(used_experts(chosen.long()[None], experts)[0])
+        self._history[layer].observe(chosen_mask(chosen.long()[None], experts)[0])
 
     @torch.inference_mode()
     def predict(self, source: int, hidden: torch.Tensor) -> list[tuple[Target, torch.Tensor]]:

@@ -1,49 +1,174 @@
-"""Gates at work: they watch a model's routers while it runs and tell the scheduler what to expect.
+"""Gates at work: they watch a model's routers while it runs and say what follows.
 
-They only look. What the model computes does not depend on them.
+They only look. What the model computes does not depend on them. A decode step asks once a layer, so a gate is packed
+for one token here: everything that reads the router's input is one product, the rest a few operations on small arrays.
+`LookaheadGates` computes the same the obvious way.
 """
 
+import time
+from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from foregate.checkpoint.store import LayerInfo
+from foregate.engine import Engine
 from foregate.errors import ForegateError
+from foregate.kernels.base import Product
+from foregate.lookahead.gate import LookaheadGate, boundary, token_source
 from foregate.lookahead.gates import LookaheadGates
+from foregate.lookahead.reuse import HALF_LIVES, NEVER, WINDOWS
 from foregate.model.routers import Router, find_routers, router_input
-from foregate.schedule.lookahead import LookaheadScheduler
+from foregate.schedule import Prediction
 
 HISTORY_TOKENS = 64  # of a prompt's end that the use history takes in; older ones have faded
+MakeProduct = Callable[[torch.Tensor], Product]
 
 
 class LiveGates:
-    """The gates of a running model. Of several tokens at once the last one counts: it is what the next token follows."""
+    """The gates of a running model; an engine's `Predictor`.
 
-    def __init__(self, gates: LookaheadGates, model: PreTrainedModel, layers: tuple[LayerInfo, ...]) -> None:
-        self.gates = gates
-        self._seen: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # layer -> router input and scores, last tokens
-        for layer, router in enumerate(find_routers(model, layers)):
+    It follows one sequence. Of several tokens in one call, a prompt's or a batch's, it says which experts any of them
+    will choose; the last one counts as the newest.
+    """
+
+    def __init__(self, gates: LookaheadGates, model: PreTrainedModel, engine: Engine) -> None:
+        """Raises ForegateError when the gates are of a model of another size."""
+        self._engine = engine
+        self._gates = [PackedGate(gate, lambda matrix: engine.kernel.product(matrix, True)) for gate in gates.gates]
+        self._targets = [[target.layer for target in targets] for targets in gates.targets]
+        self._recent = [np.zeros(layer.num_experts, np.float32) for layer in gates.header.layers]
+        self._history = [UseHistory(layer.num_experts) for layer in gates.header.layers]
+        self._input: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # layer -> router inputs and scores of its call
+        for layer, router in enumerate(find_routers(model, engine.store.layers)):
             if router.input_size != gates.header.input_size(layer):
                 raise ForegateError(
                     f"the lookahead gates were trained for routers of {gates.header.input_size(layer)} inputs, "
                     f"{router.name} has {router.input_size}: train gates for this model with foregate align"
                 )
             self._watch(layer, router)
+        model.get_input_embeddings().register_forward_hook(self._embedded)
 
-    def routed(self, layer: int, chosen: torch.Tensor, scheduler: LookaheadScheduler) -> None:
-        """The router of `layer`, just watched, chose these experts: int [tokens, top_k]. Tell the scheduler."""
-        hidden, scores = self._seen.pop(layer)
-        for token_scores, experts in zip(scores, chosen[-HISTORY_TOKENS:], strict=True):
-            self.gates.observe(layer, token_scores, experts)
-        scheduler.reuse_expected(layer, self.gates.reuse(layer, hidden).sum(0).tolist())
-        for target, probabilities in self.gates.predict(layer, hidden):
-            scheduler.choice_expected(target.layer, probabilities.tolist())
+    def routed(self, layer: int, chosen: torch.Tensor) -> None:
+        """The router of `layer`, just watched, chose these experts: int [tokens, top_k]."""
+        scores = self._input[layer][1]
+        experts, history = len(self._recent[layer]), self._history[layer]
+        for row in chosen[-HISTORY_TOKENS:].tolist():
+            history.observe([expert for expert in row if 0 <= expert < experts])
+        self._recent[layer] = scores[-1, :experts].float().numpy()
+
+    def predict(self, layer: int) -> Prediction:
+        """What follows the call of `layer` that `routed` was told of."""
+        start = time.perf_counter()
+        hidden, _ = self._input.pop(layer)
+        return self._prediction(layer, hidden.float(), layer, start)
+
+    def _prediction(self, source: int, hidden: torch.Tensor, layer: int, start: float) -> Prediction:
+        gate, targets, token = self._gates[source], self._targets[source], source == len(self._recent)
+        recent = np.concatenate([self._recent[target] for target in targets])
+        features = None if token else self._history[layer].features(self._recent[layer])
+        parts, reuse = gate(hidden.contiguous(), recent, features)
+        ahead = tuple(zip(targets, parts, strict=True))
+        return Prediction(layer, ahead, reuse, token, time.perf_counter() - start)
 
     def _watch(self, layer: int, router: Router) -> None:
         def note(module: torch.nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
             hidden = router_input(args, kwargs)
-            last = hidden.reshape(-1, hidden.shape[-1])[-1].float()
-            self._seen[layer] = last, router.scores(output)[-HISTORY_TOKENS:].float()
+            self._input[layer] = hidden.reshape(-1, hidden.shape[-1]), router.scores(output)
 
         router.module.register_forward_hook(note, with_kwargs=True)
+
+    def _embedded(self, module: torch.nn.Module, args: tuple, output: torch.Tensor) -> None:
+        """The token that was just sampled gives away its first layers' experts; a prompt's start is no sampled token."""
+        hidden = output.reshape(-1, output.shape[-1])
+        if len(hidden) == 1 and self._engine.listens:
+            start, last = time.perf_counter(), len(self._recent)
+            self._engine.expect(self._prediction(last, token_source(hidden), last - 1, start))
+
+
+class PackedGate:
+    """A gate and its layer's reuse head, packed for single tokens."""
+
+    def __init__(self, gate: LookaheadGate, make_product: MakeProduct) -> None:
+        self._sizes, self._top_k = gate.sizes, gate.top_k
+        self._ends = np.cumsum(gate.sizes).tolist()
+        inputs = gate.base.shape[1]
+        self._bias, self._down_bias = gate.bias.numpy(), gate.down_bias.numpy()
+        self._down_recent, self._up = gate.down[:, inputs:].contiguous().numpy(), gate.up.numpy()
+        self._scale, self._shift = gate.scale.tolist(), gate.shift.tolist()
+        rows, self._reuse = [gate.base, gate.down[:, :inputs]], None
+        if gate.reuse is not None:
+            head = gate.reuse
+            rows.append(head.down)
+            self._reuse = [t.numpy() for t in (head.down_bias, head.up, head.bias, head.shared)]
+        self._product = make_product(torch.cat(rows).half().contiguous())  # float16, as the gates' file holds them
+        self._logits, self._inner = sum(gate.sizes), len(gate.down)
+
+    def __call__(
+        self, hidden: torch.Tensor, recent: np.ndarray, features: np.ndarray | None
+    ) -> tuple[list[np.ndarray], np.ndarray | None]:
+        """hidden: float32 [tokens, inputs]; recent: [outputs], the targets' latest scores; features: of the reuse head.
+
+        Returns the probabilities [experts] of each target, that any of the tokens chooses the expert, and those of reuse
+        [windows, experts] after the last token, or None.
+        """
+        products = self._product(hidden).numpy()
+        logits = products[:, : self._logits] + self._bias
+        if self._inner:
+            inner = products[:, self._logits : self._logits + self._inner] + (
+                self._down_recent @ recent + self._down_bias
+            )
+            logits += _silu(inner) @ self._up.T
+        parts = [
+            self._chosen(logits[:, end - size : end], n)
+            for n, (size, end) in enumerate(zip(self._sizes, self._ends, strict=True))
+        ]
+        if self._reuse is None or features is None:
+            return parts, None
+        bias, up, up_bias, shared = self._reuse
+        own = up @ _silu(products[-1, self._logits + self._inner :] + bias) + up_bias
+        return parts, _sigmoid(own.reshape(len(WINDOWS), -1) + shared @ features)
+
+    def _chosen(self, logits: np.ndarray, target: int) -> np.ndarray:
+        if len(logits) == 1:
+            edge = _boundary(logits[0], self._top_k[target])
+            return _sigmoid(self._scale[target] * (logits[0] - edge) + self._shift[target])
+        edges = boundary(torch.from_numpy(logits), self._top_k[target]).numpy()
+        return 1.0 - np.prod(1.0 - _sigmoid(self._scale[target] * (logits - edges) + self._shift[target]), axis=0)
+
+
+class UseHistory:
+    """Decayed frequencies and ages of one layer's experts, token by token: what `reuse.UseHistory` keeps, in numpy."""
+
+    def __init__(self, num_experts: int) -> None:
+        self._decay = (0.5 ** (1 / np.array(HALF_LIVES, np.float32)))[:, None]
+        self._values = np.zeros((len(HALF_LIVES) + 1, num_experts), np.float32)  # decayed frequencies, then ages
+        self._values[-1] = NEVER
+
+    def observe(self, experts: list[int]) -> None:
+        """These experts were used by the newest token."""
+        self._values[:-1] *= self._decay
+        self._values[-1] += 1
+        self._values[:-1, experts] += 1
+        self._values[-1, experts] = 0
+
+    def features(self, scores: np.ndarray) -> np.ndarray:
+        """float32 [FEATURES, num_experts]; scores: float32 [num_experts], of the newest token."""
+        return np.concatenate([np.log1p(self._values), (scores - scores.mean())[None]])
+
+
+def _boundary(logits: np.ndarray, top_k: int) -> float:
+    """`gate.boundary` of one token."""
+    if top_k >= len(logits):
+        return logits.min()
+    ordered = np.partition(logits, (-top_k - 1, -top_k))
+    return (ordered[-top_k] + ordered[-top_k - 1]) / 2
+
+
+def _sigmoid(values: np.ndarray) -> np.ndarray:
+    return 1.0 / (1.0 + np.exp(-np.clip(values, -60, 60)))
+
+
+def _silu(values: np.ndarray) -> np.ndarray:
+    return values * _sigmoid(values)

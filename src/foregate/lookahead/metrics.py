@@ -70,9 +70,9 @@ def is_expert(chosen: torch.Tensor, num_experts: int) -> torch.Tensor:
 
 
 def chosen_mask(chosen: torch.Tensor, num_experts: int) -> torch.Tensor:
-    """bool [tokens, num_experts]: which experts each token chose."""
+    """bool [tokens, num_experts]: which experts each token chose. chosen: int64 [tokens, k]; an index outside is none."""
     columns = chosen.masked_fill(~is_expert(chosen, num_experts), num_experts)
-    mask = torch.zeros(len(chosen), num_experts + 1, dtype=torch.bool)
+    mask = torch.zeros(len(chosen), num_experts + 1, dtype=torch.bool, device=chosen.device)
     return mask.scatter_(1, columns, True)[:, :num_experts]
 
 

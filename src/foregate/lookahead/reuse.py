@@ -9,6 +9,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from foregate.lookahead.metrics import chosen_mask
+
 WINDOWS = (1, 4, 16)  # tokens ahead
 WIDTH = 8  # hidden values of a head
 HALF_LIVES = (2.0, 8.0, 32.0)  # tokens, of the decayed frequencies it sees
@@ -82,7 +84,7 @@ def fit_reuse_head(inputs: torch.Tensor, scores: torch.Tensor, chosen: torch.Ten
     """A head fitted to a layer's rows in their order: inputs [tokens, input_size], router scores [tokens, num_experts],
     experts chosen [tokens, top_k]. At most ROWS rows are used. The same result every time on the same machine."""
     inputs, scores, chosen = inputs[:ROWS], scores[:ROWS].float(), chosen[:ROWS].long()
-    used = used_experts(chosen, scores.shape[1])
+    used = chosen_mask(chosen, scores.shape[1])
     features, labels = history_features(used, scores), reused(used).float()
     mean, spread = _mean_and_spread(inputs)
     generator = torch.Generator().manual_seed(seed)
@@ -100,20 +102,6 @@ def fit_reuse_head(inputs: torch.Tensor, scores: torch.Tensor, chosen: torch.Ten
         head.down.div_(spread)
         head.down_bias.sub_(head.down @ mean)
     return head.requires_grad_(False)
-
-
-def used_experts(chosen: torch.Tensor, num_experts: int) -> torch.Tensor:
-    """bool [tokens, num_experts]; chosen: int64 [tokens, top_k], where an index outside the experts is none."""
-    real = (chosen >= 0) & (chosen < num_experts)
-    marks = torch.zeros(len(chosen), num_experts + 1, dtype=torch.bool)
-    marks.scatter_(1, torch.where(real, chosen, num_experts), True)
-    return marks[:, :num_experts]
-
-
-def reuse_parameters(input_size: int, num_experts: int) -> int:
-    """Parameters of one layer's head."""
-    outputs = len(WINDOWS) * num_experts
-    return WIDTH * (input_size + 1) + outputs * (WIDTH + 1) + len(WINDOWS) * FEATURES
 
 
 def _decay() -> torch.Tensor:

@@ -10,6 +10,8 @@ from typing import Self
 
 import torch
 
+from foregate.lookahead.metrics import chosen_mask
+
 OFFSET_ROUNDS = 200
 
 
@@ -49,14 +51,6 @@ class Teacher:
         middle = (lowest + highest) / 2
         moved = torch.where(mask, logits.maximum(middle + self.margin), logits.minimum(middle - self.margin))
         return torch.where(lowest < highest, moved, logits)
-
-
-def chosen_mask(chosen: torch.Tensor, num_experts: int) -> torch.Tensor:
-    """bool [rows, num_experts]: which experts were chosen. chosen int64 [rows, k]; an index outside is no expert."""
-    real = (chosen >= 0) & (chosen < num_experts)
-    places = chosen.masked_fill(~real, num_experts)
-    mask = torch.zeros(len(chosen), num_experts + 1, dtype=torch.bool, device=chosen.device)
-    return mask.scatter_(1, places, True)[:, :num_experts]
 
 
 def _edges(logits: torch.Tensor, mask: torch.Tensor) -> tuple[torch.return_types.min, torch.return_types.max]:

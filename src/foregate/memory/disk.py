@@ -1,111 +1,118 @@
-"""The disk tier: reader threads that fill slots with direct reads, one record a read, past the page cache."""
+"""The disk's end of the link: the experts file, read past the page cache, with what can go wrong while it is read."""
 
+import errno
+import hashlib
 import os
-import queue
-import threading
-from dataclasses import dataclass
+import time
 
-from foregate.checkpoint.store import ExpertKey, Store
+from foregate.checkpoint.store import ALIGNMENT, ExpertKey, Store, file_version
 from foregate.errors import ForegateError
 from foregate.memory.slots import SlotMemory
-from foregate.schedule import Load
 
-WAIT_SECONDS = 120.0  # a disk that answers nothing for so long is reported, not waited for
-
-
-@dataclass(frozen=True)
-class Finished:
-    """A load that ended, well or with an error."""
-
-    key: ExpertKey
-    nbytes: int
-    error: ForegateError | None = None
+RETRY_PAUSES = (0.01, 0.05, 0.25)  # seconds before each further attempt at a read that failed
+REFUSALS = (errno.EINVAL, errno.EOPNOTSUPP)  # how file systems say that they have no direct reads
 
 
-class DiskReader:
-    """Carries out loads in the background.
+class ExpertsFile:
+    """The open experts file of a store. Threads may read at the same time; the GIL is free while they do.
 
-    The contract: after `submit(load)` the slot belongs to the reader until `wait` returns its key. Loads in flight are
-    bounded by the slots. `direct` says whether reads bypass the page cache; where the file system refuses that, reads
-    are buffered and the pages dropped again. The GIL is free while a read waits.
+    `direct` says whether reads bypass the page cache; where the file system refuses that, pages are dropped after each
+    read. Raises ForegateError if the file cannot be opened.
     """
 
-    def __init__(self, store: Store, memory: SlotMemory, readers: int) -> None:
-        self._store, self._memory = store, memory
-        self._fd, self.direct = _open(store)
-        self._loads: queue.SimpleQueue[Load | None] = queue.SimpleQueue()
-        self._finished: queue.SimpleQueue[Finished] = queue.SimpleQueue()
-        self.in_flight = 0
-        self._threads = [threading.Thread(target=self._run, name=f"reader-{i}", daemon=True) for i in range(readers)]
-        for thread in self._threads:
-            thread.start()
-
-    def submit(self, load: Load) -> None:
-        """Queue a load."""
-        if not self._threads:
-            raise ForegateError("this model was closed: load it again")
-        self.in_flight += 1
-        self._loads.put(load)
-
-    def wait(self) -> Finished:
-        """The next load to finish, in whatever order the disk answers. Raises ForegateError if the disk hangs."""
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._changed = False  # since the store was opened
         try:
-            finished = self._finished.get(timeout=WAIT_SECONDS)
-        except queue.Empty:
-            raise ForegateError(f"{self._store.experts_path}: no answer from the disk in {WAIT_SECONDS:g} s") from None
-        self.in_flight -= 1
-        return finished
+            self._fd, self.direct = _open(store)
+        except OSError as error:
+            raise ForegateError(
+                f"{store.experts_path} cannot be opened ({_reason(error)}); run foregate verify"
+            ) from error
+
+    def read(self, key: ExpertKey, start: int, buffer: memoryview) -> None:
+        """Fill `buffer` with the bytes of a record from `start` on; both multiples of 4096 bytes, in memory too.
+
+        A read that fails is tried again a few times. Raises ForegateError, which names the record, if it fails still.
+        """
+        offset = self._store.location(key)[0] + start
+        try:
+            self._fill(buffer, offset)
+            if not self.direct:
+                os.posix_fadvise(self._fd, offset, len(buffer), os.POSIX_FADV_DONTNEED)
+        except Exception as error:  # whatever it is, whoever waits for the record must hear of it
+            raise self._unreadable(key, error) from error
+
+    def check(self, key: ExpertKey, record: memoryview) -> None:
+        """Make sure that a record just read is the one that was converted; free while nobody has touched the file.
+
+        Once the file has changed since the store was opened, every record is compared with its SHA-256. Raises
+        ForegateError if they differ.
+        """
+        try:
+            self._changed = self._changed or file_version(os.fstat(self._fd)) != self._store.experts_version
+        except OSError as error:
+            raise self._unreadable(key, error) from error
+        layer, expert = key
+        if self._changed and hashlib.sha256(record).hexdigest() != self._store.manifest.checksums[layer][expert]:
+            raise ForegateError(
+                f"{self._store.experts_path}: record {self._store.record_name(key)} is damaged: the file was changed "
+                f"while it was in use; run foregate verify"
+            )
 
     def close(self) -> None:
-        """Finish what is queued, end the threads, close the file. May be called twice."""
-        for _ in self._threads:
-            self._loads.put(None)
-        for thread in self._threads:
-            thread.join()
-        if self._threads:
-            os.close(self._fd)
-        self._threads = []
+        """Close the file; nothing may be reading."""
+        os.close(self._fd)
 
-    def close_later(self) -> None:
-        """Let the threads end when the disk answers, without waiting for it."""
-        for _ in self._threads:
-            self._loads.put(None)
-        self._threads = []
-
-    def _run(self) -> None:
-        while (load := self._loads.get()) is not None:
-            offset, nbytes = self._store.location(load.key)
-            try:
-                self._read(self._memory.buffer(load.slot, nbytes), offset)
-                self._finished.put(Finished(load.key, nbytes))
-            except Exception as error:  # whatever it is, the engine must hear of it
-                what = getattr(error, "strerror", None) or str(error) or "the file ended early"
-                name = self._store.record_name(load.key)
-                message = f"{self._store.experts_path}: record {name} cannot be read ({what}); run foregate verify"
-                self._finished.put(Finished(load.key, nbytes, ForegateError(message)))
-
-    def _read(self, buffer: memoryview, offset: int) -> None:
-        done = 0
+    def _fill(self, buffer: memoryview, offset: int) -> None:
+        done, pauses = 0, iter(RETRY_PAUSES)
         while done < len(buffer):
-            count = os.preadv(self._fd, [buffer[done:]], offset + done)
-            if count == 0:
-                raise OSError
-            done += count
-        if not self.direct:
-            os.posix_fadvise(self._fd, offset, len(buffer), os.POSIX_FADV_DONTNEED)
+            try:
+                done += self._read_some(buffer[done:], offset + done)
+            except OSError:
+                pause = next(pauses, None)
+                if pause is None:
+                    raise
+                time.sleep(pause)
+
+    def _read_some(self, buffer: memoryview, offset: int) -> int:
+        """Bytes read, at least one; after a short direct read as many as the next one may start behind."""
+        count = os.preadv(self._fd, [buffer], offset)
+        if self.direct:
+            count -= count % ALIGNMENT
+        if count == 0:
+            raise OSError("the file ended early")
+        return count
+
+    def _unreadable(self, key: ExpertKey, error: Exception) -> ForegateError:
+        name = self._store.record_name(key)
+        return ForegateError(
+            f"{self._store.experts_path}: record {name} cannot be read ({_reason(error)}); run foregate verify"
+        )
+
+
+def _reason(error: Exception) -> str:
+    return getattr(error, "strerror", None) or str(error) or type(error).__name__
 
 
 def _open(store: Store) -> tuple[int, bool]:
     """(file descriptor, whether it reads past the page cache)."""
     try:
         fd = os.open(store.experts_path, os.O_RDONLY | os.O_DIRECT)
-    except OSError:
-        return os.open(store.experts_path, os.O_RDONLY), False
-    offset, nbytes = store.location((0, 0))
+    except OSError as error:
+        if error.errno not in REFUSALS:
+            raise
+        return _open_buffered(store), False
     try:  # some file systems open the file and refuse the first read
-        probe = SlotMemory(1, nbytes)
-        os.preadv(fd, [probe.buffer(0, nbytes)], offset)
-        return fd, True
-    except OSError:
-        os.close(fd)
-        return os.open(store.experts_path, os.O_RDONLY), False
+        os.preadv(fd, [SlotMemory(1, ALIGNMENT).buffer(0, ALIGNMENT)], store.location((0, 0))[0])
+    except OSError as error:
+        if error.errno in REFUSALS:
+            os.close(fd)
+            return _open_buffered(store), False
+    return fd, True
+
+
+def _open_buffered(store: Store) -> int:
+    fd = os.open(store.experts_path, os.O_RDONLY)
+    os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)  # without it the kernel reads ahead, into pages nobody drops
+    return fd

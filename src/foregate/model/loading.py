@@ -3,7 +3,7 @@
 import contextlib
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -20,14 +20,16 @@ from foregate.engine import Engine
 from foregate.errors import ForegateError, first_line
 from foregate.kernels import set_threads
 from foregate.lookahead.gates import LookaheadGates
+from foregate.lookahead.guess import NextRouter
 from foregate.lookahead.live import LiveGates
 from foregate.memory.budget import divide
 from foregate.memory.process import return_unused_memory
 from foregate.model.experts import streamed_experts
 from foregate.model.linear import read_matrices, with_quantized_linears
+from foregate.schedule import BOUNDS, Route
 
 MAX_THREADS = 256
-LOOKAHEAD = "lookahead"  # the policy that listens to gates
+AUTO, LOOKAHEAD, LRU, MIXTRAL_OFFLOADING = "auto", "lookahead", "lru", "mixtral-offloading"
 _BUILDING = threading.Lock()  # class names are swapped while a model is built
 
 
@@ -40,11 +42,17 @@ def load(
     threads: int = EngineConfig.threads,
     kernel: str = EngineConfig.kernel,
     exact: bool = EngineConfig.exact,
+    link_bandwidth: float | None = EngineConfig.link_bandwidth,
+    gates: LookaheadGates | None = None,
+    future: Sequence[Route] | None = None,
 ) -> PreTrainedModel:
     """Load a store as a transformers model whose experts are read on demand.
 
     memory: a share of the experts ("25%") or bytes ("8GiB", 8589934592) for backbone and experts together. policy:
-    "lru", "demand" or "lookahead", which needs gates in the store. readers: threads that read. threads: threads that compute, for the whole process; 0 is one
+    "lookahead", which needs gates in the store, "lru", "demand", "mixtral-offloading", "mixtral-offloading-code", or
+    "auto": lookahead where the store has gates, otherwise lru. link_bandwidth: bytes/s, to read as if from a slower
+    disk. gates: to use instead of the store's, also by mixtral-offloading, which otherwise guesses with the next layer's
+    router. future: every call of a layer to come, for the bounds of foregate.schedule.BOUNDS. readers: threads that read. threads: threads that compute, for the whole process; 0 is one
     per core. kernel: "auto", "cpu" (native) or "reference" (PyTorch). exact: keep activations in float32 where the native
     kernel would round them to int8, with quantized experts. Computation is on the CPU. The result is an ordinary model: `generate`, pipelines and
     evaluation harnesses work on it; its `foregate` attribute is the engine. Raises ForegateError on a damaged store, a
@@ -58,13 +66,27 @@ def load(
     if threads:
         set_threads(threads)
     budget = divide(str(memory), opened, _backbone_bytes(opened, architecture))
-    gates = LookaheadGates.load(opened.path / GATES_FILE, opened.layers) if policy == LOOKAHEAD else None
-    engine = Engine(opened, budget, policy=policy, readers=readers, kernel=kernel, exact=exact)
+    if policy == AUTO:
+        policy = LOOKAHEAD if (opened.path / GATES_FILE).is_file() else LRU
+    if gates is None and (policy == LOOKAHEAD or policy in BOUNDS):
+        gates = LookaheadGates.load(opened.path / GATES_FILE, opened.layers)
+    engine = Engine(
+        opened,
+        budget,
+        policy=policy,
+        readers=readers,
+        kernel=kernel,
+        exact=exact,
+        link_bandwidth=link_bandwidth,
+        future=future,
+    )
     try:
         model = _build_backbone(opened, architecture)
         _connect(model, opened, engine)
         if gates is not None:
-            engine.follow(LiveGates(gates, model, opened.layers))
+            engine.follow(LiveGates(gates, model, engine))
+        elif policy == MIXTRAL_OFFLOADING:
+            engine.follow(NextRouter(model, opened.layers))
     except BaseException:
         engine.close()
         raise

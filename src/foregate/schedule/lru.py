@@ -2,14 +2,14 @@
 
 from collections import OrderedDict
 
-from foregate.schedule.base import ExpertKey, Scheduler
+from foregate.schedule.base import ExpertKey, Scheduler, Shape
 
 
 class LruScheduler(Scheduler):
     """Plain LRU over all layers' experts."""
 
-    def __init__(self, slots: int) -> None:
-        super().__init__(slots)
+    def __init__(self, slots: int, shape: Shape) -> None:
+        super().__init__(slots, shape)
         self._recency: OrderedDict[ExpertKey, None] = OrderedDict()  # oldest first
 
     def used(self, key: ExpertKey) -> None:

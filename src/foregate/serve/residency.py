@@ -55,8 +55,8 @@ class Residency:
 
 
 def expected_experts(engine: Any) -> dict[str, set[ExpertKey]]:
-    """What the scheduler is fetching and what it predicts. The schedulers there are now load on demand and say neither."""
-    return {"fetching": set(), "predicted": set()}
+    """What the scheduler is fetching, and what it predicts, of which it says nothing yet."""
+    return {"fetching": set(engine.scheduler.in_flight()), "predicted": set()}
 
 
 def _of_layer(layer: int, keys: Iterable[ExpertKey]) -> list[int]:

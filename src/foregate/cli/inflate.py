@@ -1,0 +1,32 @@
+"""`foregate inflate`: a small model becomes a wide one that computes the same function."""
+
+import time
+from pathlib import Path
+
+import typer
+
+from foregate.cli.progress import byte_progress
+
+NAME = "inflate"
+
+
+def run(
+    source: str = typer.Argument(..., metavar="SRC", help="Checkpoint folder with safetensors weights, or a hub id."),
+    destination: Path = typer.Argument(..., metavar="DST", help="Where the checkpoint will be; must not exist yet."),
+    hidden: int = typer.Option(..., help="The new hidden size: a multiple of the model's."),
+    ffn: int = typer.Option(..., help="The new inner size of the experts: a multiple of theirs."),
+) -> None:
+    """Widen a small trained MoE checkpoint into a large one that computes the same function.
+
+    For benchmarks: routing and text of the trained model at the bytes and operations of a large one.
+    """
+    from foregate.checkpoint.inflate import inflate
+
+    start = time.perf_counter()
+    with byte_progress("inflating") as progress:
+        path = inflate(source, destination, hidden=hidden, ffn=ffn, progress=progress)
+    files = sorted(path.glob("*-of-*.safetensors"))
+    size = sum(file.stat().st_size for file in files)
+    print(
+        f"{path}: {size / 2**20:.1f} MiB in {len(files)} file{'s' * (len(files) > 1)}, in {time.perf_counter() - start:.1f} s"
+    )

@@ -1,0 +1,44 @@
+"""The guess of Mixtral-offloading: the next layer's router on this layer's router input, no norm in between."""
+
+import time
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel
+
+from foregate.checkpoint.store import LayerInfo
+from foregate.model.routers import Router, find_routers, router_input
+from foregate.schedule import Prediction
+
+
+class NextRouter:
+    """An engine's `Predictor` without training. Layers whose router is not a linear map of the same input are not guessed."""
+
+    def __init__(self, model: PreTrainedModel, layers: tuple[LayerInfo, ...]) -> None:
+        self._routers = find_routers(model, layers)
+        self._input: dict[int, torch.Tensor] = {}  # layer -> the last token's router input
+        for layer, router in enumerate(self._routers):
+            self._watch(layer, router)
+
+    def routed(self, layer: int, chosen: torch.Tensor) -> None:
+        """Nothing to learn from."""
+
+    def predict(self, layer: int) -> Prediction | None:
+        """The next layer's scores as if they were probabilities: only their order counts."""
+        start, hidden = time.perf_counter(), self._input.pop(layer)
+        if layer + 1 == len(self._routers):
+            return None
+        router = self._routers[layer + 1]
+        if router.weight is None or router.weight.shape[1] != len(hidden):
+            return None
+        logits = router.weight @ hidden if router.bias is None else router.weight @ hidden + router.bias
+        probabilities: np.ndarray = torch.sigmoid(logits - logits.mean()).numpy()
+        return Prediction(layer, ((layer + 1, probabilities),), seconds=time.perf_counter() - start)
+
+    def _watch(self, layer: int, router: Router) -> None:
+        def note(module: torch.nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+            hidden = router_input(args, kwargs)
+            self._input[layer] = hidden.reshape(-1, hidden.shape[-1])[-1].float()
+
+        router.module.register_forward_hook(note, with_kwargs=True)

@@ -1,0 +1,200 @@
+"""What the lookahead policy learns while it runs: when experts come back, whom to believe, and what time costs."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from foregate.schedule.base import Shape
+
+WINDOWS = (1, 4, 16)  # tokens ahead, of the reuse heads
+HALF_LIFE = 32.0  # tokens, of the decayed frequency
+LONGEST = 4096.0  # tokens: every expert is expected to return within
+CERTAIN = 0.999  # no use is more probable than this
+BINS = 8  # of probability
+PRIOR = 32.0  # predictions: how much a probability as given is worth against what was observed
+FADE = 0.998  # of what was observed, a layer call
+LOSS = 0.5  # of a load: what a wrong prefetch costs by what it evicted
+UNKNOWN = 0.5  # least probability of a prefetch before any load was timed
+BLOCK, REST, LONGEST_REST = 8, 16, 256  # tokens between decisions to listen, and of silence after one not to
+
+
+class Average:
+    """A fading mean."""
+
+    def __init__(self, fade: float = 0.98) -> None:
+        self._fade, self._sum, self._weight = fade, 0.0, 0.0
+
+    def add(self, value: float) -> None:
+        self._sum = self._sum * self._fade + value
+        self._weight = self._weight * self._fade + 1.0
+
+    @property
+    def value(self) -> float:
+        return self._sum / self._weight if self._weight else 0.0
+
+
+class Pace:
+    """Seconds of a load and of a layer's call without its waiting."""
+
+    def __init__(self) -> None:
+        self._load, self._layer = Average(), Average()
+        self._last_call, self._waited = None, 0.0
+
+    @property
+    def load_seconds(self) -> float:
+        return self._load.value
+
+    @property
+    def layer_seconds(self) -> float:
+        return self._layer.value
+
+    def load(self, seconds: float) -> None:
+        self._load.add(seconds)
+
+    def layer_call(self, now: float) -> None:
+        if self._last_call is not None:
+            self._layer.add(max(now - self._last_call - self._waited, 0.0))
+        self._last_call, self._waited = now, 0.0
+
+    def waited(self, seconds: float) -> None:
+        self._waited += seconds
+
+    def least_probability(self, distance: np.ndarray) -> np.ndarray:
+        """From which probability on a prefetch for a layer so many calls ahead is expected to save time.
+
+        Right, it hides what the link does until then, at most a load; wrong, it loses LOSS of one: p * hidden =
+        (1 - p) * lost.
+        """
+        if not self.load_seconds:
+            return np.full(len(distance), UNKNOWN)
+        hidden, lost = np.minimum(distance * self.layer_seconds, self.load_seconds), LOSS * self.load_seconds
+        return lost / (hidden + lost)
+
+
+class Calibration:
+    """Turns probabilities as given into what was observed, by horizon: useless predictions become the base rate.
+
+    A *cell* is a horizon and a range of probability.
+    """
+
+    def __init__(self, horizons: int) -> None:
+        self._given, self._came = np.zeros(horizons * BINS), np.zeros(horizons * BINS)
+
+    def correct(self, given: Sequence[np.ndarray], first: int) -> list[tuple[np.ndarray, np.ndarray]]:
+        """For each prediction, of horizons first, first + 1 ...: how it has turned out so far, and its cells.
+
+        given: float [experts] each; both results are of that shape.
+        """
+        flat = np.concatenate(given)
+        sizes = [len(part) for part in given]
+        cells = (flat * (BINS - 1e-4)).astype(np.intp) + np.repeat(np.arange(first, first + len(given)) * BINS, sizes)
+        likely = (self._came[cells] + PRIOR * flat) / (self._given[cells] + PRIOR)
+        ends = np.cumsum(sizes).tolist()
+        return [(likely[end - size : end], cells[end - size : end]) for size, end in zip(sizes, ends, strict=True)]
+
+    def learn(self, cells: Sequence[np.ndarray], chosen: np.ndarray) -> None:
+        """cells: of all predictions for one call; chosen: float [experts], 1 where it came true."""
+        flat = np.concatenate(cells)
+        self._given *= FADE
+        self._came *= FADE
+        self._given += np.bincount(flat, minlength=len(self._given))
+        self._came += np.bincount(flat, np.concatenate([chosen] * len(cells)), len(self._came))
+
+
+class ReuseEstimate:
+    """For every expert, gates of earlier layers aside: `soon`, the probability that its layer's next call uses it, and
+    `passes`, the expected number of calls that pass it by before one does; float [layers, experts] both.
+
+    By decayed frequency, or by the reuse heads where they speak and have been the better judges of late.
+    """
+
+    def __init__(self, shape: Shape) -> None:
+        self._rate = [np.full(n, k / n) for n, k in zip(shape.experts, shape.top_k, strict=True)]
+        self._decay = 0.5 ** (1 / HALF_LIFE)
+        self._heads: dict[int, np.ndarray] = {}  # layer -> what its reuse head said of the next call
+        self._head_error, self._rate_error = Average(FADE), Average(FADE)
+        self.soon = np.zeros((shape.layers, max(shape.experts)))
+        self.passes = np.full(self.soon.shape, LONGEST)
+        for layer, rate in enumerate(self._rate):
+            self.soon[layer, : len(rate)] = np.minimum(rate, CERTAIN)
+            self.passes[layer, : len(rate)] = 1 / rate - 1
+
+    @property
+    def source(self) -> str:
+        return "frequency" if self._head_error.value >= self._rate_error.value else "reuse heads"
+
+    def routed(self, layer: int, chosen: np.ndarray, tokens: int) -> None:
+        """chosen: float [experts], 1 where the call used the expert."""
+        head = self._heads.pop(layer, None)
+        if head is not None and tokens == 1:
+            self._head_error.add(_mean_square(head - chosen))
+            self._rate_error.add(_mean_square(self._rate[layer] - chosen))
+        rate = self._rate[layer]
+        rate += (1 - self._decay) * (chosen - rate)
+        self.soon[layer, : len(rate)] = np.minimum(rate, CERTAIN)
+        self.passes[layer, : len(rate)] = 1 / np.maximum(rate, 1 / LONGEST) - 1
+
+    def predicted(self, layer: int, reuse: np.ndarray) -> None:
+        """reuse: float [windows, experts], the probabilities of a use within WINDOWS tokens."""
+        soon, passes = tokens_passing(reuse)
+        self._heads[layer] = soon
+        if self._head_error.value <= self._rate_error.value:
+            self.soon[layer, : len(soon)], self.passes[layer, : len(soon)] = np.minimum(soon, CERTAIN), passes
+
+
+def tokens_passing(reuse: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(probability of a use by the next token, expected tokens that pass before one), each float [experts].
+
+    reuse: [windows, experts]. The sum over t >= 1 of the chance that no token up to t has come: linear between the
+    windows, then falling as it did in the last.
+    """
+    s1, s4, s16 = np.maximum(1.0 - np.maximum.accumulate(reuse, axis=0), 1e-4)
+    fall = np.minimum((s16 / s4) ** (1 / (WINDOWS[2] - WINDOWS[1])), 1 - 1 / LONGEST)
+    passing = s1 + (WINDOWS[1] - WINDOWS[0]) * (s1 + s4) / 2 + (WINDOWS[2] - WINDOWS[1]) * (s4 + s16) / 2
+    return reuse[0], passing + s16 / (1 - fall)
+
+
+class Worth:
+    """Whether gates are worth their time: judged every BLOCK tokens by what they took against what there was to save.
+
+    Time to save is what prefetches saved and a quarter of what was still waited for (eviction by the gates avoids about
+    that share of misses). If it is less than the gates' own time, they rest, twice as long every time in a row.
+    """
+
+    def __init__(self) -> None:
+        self.listening = True
+        self._spent = self._saved = self._waited = 0.0
+        self._tokens_left, self._rest = BLOCK, REST
+        self._tokens = self._rested = 0
+
+    def spent(self, seconds: float) -> None:
+        self._spent += seconds
+
+    def saved(self, seconds: float) -> None:
+        self._saved += seconds
+
+    def waited(self, seconds: float) -> None:
+        self._waited += seconds
+
+    def next_token(self) -> None:
+        self._tokens += 1
+        self._rested += not self.listening
+        self._tokens_left -= 1
+        if self._tokens_left > 0:
+            return
+        if not self.listening:
+            self.listening, self._tokens_left = True, BLOCK
+        elif self._spent > self._saved + self._waited / 4:
+            self.listening, self._tokens_left = False, self._rest
+            self._rest = min(2 * self._rest, LONGEST_REST)
+        else:
+            self._tokens_left, self._rest = BLOCK, REST
+        self._spent = self._saved = self._waited = 0.0
+
+    def facts(self) -> dict[str, Any]:
+        return {"listening": self.listening, "tokens": self._tokens, "tokens_without_gates": self._rested}
+
+
+def _mean_square(values: np.ndarray) -> float:
+    return float(values @ values) / len(values)
