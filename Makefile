@@ -6,6 +6,8 @@ PYTHON ?= python3
 PIP_ARGS ?=
 WORKERS ?= 2
 OLDEST := .oldest
+# Where PyTorch does not bring its own, as its builds for GPUs do: tests run its interpreter.
+TRITON := 3.9.0
 PIP = .venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt $(PIP_ARGS)
 
 .DELETE_ON_ERROR:
@@ -39,6 +41,7 @@ lint: .venv/ready-test
 	touch $@
 
 .venv/ready-test: .venv/ready
+	.venv/bin/python -c 'import triton' 2>/dev/null || $(PIP) triton==$(TRITON)
 	$(PIP) -e '.[test]'
 	touch $@
 

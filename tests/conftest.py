@@ -11,6 +11,10 @@ from pathlib import Path
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():  # before Triton is imported: its kernels then run in NumPy
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 from families import save_tiny
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from foregate.kernels.native import find_activation
+from foregate.kernels.activation import apply_activation, find_activation
 
 
 class Gated(nn.Module):
@@ -23,10 +23,10 @@ class Gated(nn.Module):
 
 @pytest.mark.parametrize("limit", [7.0, 10.0, 20.0, 1000.0])
 def test_a_clamped_gate_is_not_taken_for_a_plain_one(limit: float) -> None:
-    assert find_activation(Gated(limit)) is None
+    assert find_activation(Gated(limit), apply_activation) is None
 
 
 def test_a_plain_gate_is_found() -> None:
-    found = find_activation(Gated(float("inf")))
+    found = find_activation(Gated(float("inf")), apply_activation)
     assert found is not None
     assert (found.function, found.layout) == ("silu", "concatenated")

@@ -101,7 +101,7 @@ def test_recall_on_the_texts_learned_from(copy: Path, trace: Path) -> None:
         assert recall(samples, gate, samples.validation, cpu) == reports[source].recall
     trained = gates.header.trained
     assert trained["trace"]["texts"] == [{"name": t.name, "sha256": t.sha256} for t in opened.texts]
-    assert (trained["trace"]["bits"], trained["trace"]["quantizer"], trained["loss"]) == (16, "none", "near")
+    assert (trained["trace"]["bits"], trained["trace"]["quantizer"], trained["loss"]) == (16, "none", "log near")
     assert [source["name"] for source in trained["sources"]] == ["source-000", "source-001", "source-002", "token"]
     assert trained["tokens"]["training"] + trained["tokens"]["validation"] == len(SourceSamples(opened, 0, 2).rows)
 

@@ -19,7 +19,8 @@ from foregate.errors import ForegateError
 from foregate.lookahead import trace as trace_format
 from foregate.lookahead.baselines import by_previous_token, fit_probe, frequencies
 from foregate.lookahead.ceilings import InformedSamples, information_ceiling
-from foregate.lookahead.evaluate import GateEvaluation, judge_gates
+from foregate.lookahead.evaluate import judge_gates
+from foregate.lookahead.evaluation import GateEvaluation
 from foregate.lookahead.gate import untrained_gate
 from foregate.lookahead.gates import GatesHeader, LookaheadGates
 from foregate.lookahead.samples import gate_layers, router_weights

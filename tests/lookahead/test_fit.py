@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from foregate.lookahead.fit import expected_calibration_error, logistic_fit
-from foregate.lookahead.metrics import chosen_mask
+from foregate.lookahead.fit import logistic_fit, training_loss
+from foregate.lookahead.gate import LookaheadGate
+from foregate.lookahead.metrics import calibration_bins, expected_calibration_error
 from foregate.lookahead.teacher import Teacher
 
 
@@ -43,8 +44,21 @@ def test_any_choice_is_taught_and_the_rest_of_the_scores_kept() -> None:
     assert torch.equal(taught[7], scores[7] + teacher.offset)
 
 
-def test_an_index_outside_is_no_expert() -> None:
-    assert chosen_mask(torch.tensor([[0, 3], [2, -1]]), 3).tolist() == [[True, False, False], [False, False, True]]
+def test_a_hard_target_takes_nothing_from_an_easy_one() -> None:
+    torch.manual_seed(0)
+    gate, wanted, error = LookaheadGate(3, (8, 8), (2, 2), 0), torch.randn(64, 16), torch.randn(64, 16)
+    gradients = []
+    for far_error in (1.0, 100.0):
+        logits = wanted + error * torch.tensor([0.1, far_error]).repeat_interleave(8)
+        logits.requires_grad_(True)
+        training_loss(logits, wanted, gate).backward()
+        gradients.append([float(part.norm()) for part in gate.split(logits.grad)])
+    (near, far), (near_beside_harder, far_when_harder) = gradients
+    assert near_beside_harder == pytest.approx(near, rel=1e-5)
+    assert near > 5 * far > 50 * far_when_harder
+    exact = wanted.clone().requires_grad_(True)
+    training_loss(exact, wanted, gate).backward()
+    assert exact.grad.isfinite().all()
 
 
 @pytest.mark.parametrize(("scale", "shift"), [(0.7, -0.4), (3.0, 0.8)])
@@ -55,8 +69,12 @@ def test_calibration_finds_scale_and_shift(scale: float, shift: float) -> None:
     found = logistic_fit(margins, wanted)
     assert found == pytest.approx((scale, shift), abs=0.08)
     probabilities = torch.sigmoid(found[0] * margins + found[1])
-    assert expected_calibration_error(probabilities, wanted) < 0.01
-    assert expected_calibration_error(1 - probabilities, wanted) > 0.2
+    chosen = torch.where(wanted > 0, 0, -1)[:, None]  # one expert, taken or not
+    errors = [
+        expected_calibration_error(calibration_bins(p[:, None], chosen, 15)) for p in (probabilities, 1 - probabilities)
+    ]
+    assert errors[0] < 0.01
+    assert errors[1] > 0.2
 
 
 def test_calibration_stays_finite() -> None:

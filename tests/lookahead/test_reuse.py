@@ -4,15 +4,14 @@ import torch
 
 from foregate.lookahead.metrics import chosen_mask
 from foregate.lookahead.reuse import (
-    FEATURES,
     HALF_LIVES,
     NEVER,
-    WIDTH,
     WINDOWS,
     ReuseHead,
     UseHistory,
     fit_reuse_head,
     history_features,
+    reuse_parameters,
     reused,
 )
 
@@ -45,10 +44,6 @@ def test_reused_by_hand() -> None:
     assert again[:, 2].nonzero().flatten().tolist() == [0, 1, 2, 3, 4]
 
 
-def test_an_index_outside_the_experts_is_no_use() -> None:
-    assert chosen_mask(torch.tensor([[0, 3], [-1, 1]]), 3).tolist() == [[True, False, False], [False, True, False]]
-
-
 def test_head_learns_what_the_input_announces() -> None:
     """The input's sign says which half of the experts the next tokens use; past use says nothing."""
     torch.manual_seed(0)
@@ -72,5 +67,4 @@ def test_fitting_is_reproducible_and_counts_its_parameters() -> None:
     first, second = (fit_reuse_head(inputs, scores, chosen, seed=3) for _ in range(2))
     for name, value in first.state_dict().items():
         assert torch.equal(value, second.state_dict()[name]), name
-    counted = WIDTH * (6 + 1) + 3 * 4 * (WIDTH + 1) + 3 * FEATURES
-    assert counted == sum(p.numel() for p in ReuseHead(6, 4).parameters())
+    assert reuse_parameters(6, 4) == sum(p.numel() for p in ReuseHead(6, 4).parameters())

@@ -14,7 +14,7 @@ from foregate.cli.generate import MEMORY_HELP, THREADS_HELP
 from foregate.config import EngineConfig, EvaluateGatesConfig, TraceConfig
 
 if TYPE_CHECKING:
-    from foregate.lookahead.evaluate import GateEvaluation
+    from foregate.lookahead.evaluation import GateEvaluation
     from foregate.lookahead.scores import Score
 
 NAME = "evaluate-gates"

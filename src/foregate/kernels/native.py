@@ -8,10 +8,9 @@ from torch import nn
 
 from foregate.checkpoint.store import Weight
 from foregate.kernels import cpu
+from foregate.kernels.activation import find_activation
 from foregate.kernels.base import Kernel, Product, Work
 from foregate.kernels.reference import expert_mlp
-
-PROBE = 64  # values that tell activations apart
 
 
 class NativeKernel(Kernel):
@@ -21,7 +20,7 @@ class NativeKernel(Kernel):
 
     def __init__(self, experts: nn.Module, exact: bool) -> None:
         super().__init__(experts, exact)
-        self._activation = find_activation(experts)
+        self._activation = find_activation(experts, _apply)
 
     def prepare(self, weights: dict[str, Weight]) -> cpu.Expert | dict[str, Weight]:
         return weights if self._activation is None else _expert(weights)
@@ -41,35 +40,6 @@ class NativeKernel(Kernel):
     def _linear(self, x: torch.Tensor, matrix: Weight, bias: torch.Tensor | None) -> torch.Tensor:
         y = cpu.matmul(x.contiguous(), matrix, exact=self.exact)
         return y if bias is None else y + bias.to(y.dtype)
-
-
-def find_activation(experts: nn.Module) -> cpu.Activation | None:
-    """Which of the native activations the module's own code computes; None if none.
-
-    The code is asked, not its name: on values from tiny to beyond every clamp the two must agree.
-    """
-    if getattr(experts, "has_post_expert_norm", False):
-        return None
-    magnitudes = torch.logspace(-3, 4, PROBE)
-    values = torch.cat([magnitudes, -magnitudes]).repeat(8)
-    values = values[torch.randperm(len(values), generator=torch.Generator().manual_seed(0))].view(1, -1)
-    try:
-        with torch.inference_mode():
-            expected = experts._apply_gate(values) if experts.has_gate else experts.act_fn(values)
-    except Exception:  # code that does not run on a probe is code that the native kernel does not know
-        return None
-    for candidate in _candidates(experts.has_gate):
-        if torch.allclose(_apply(candidate, values), expected, rtol=1e-5, atol=1e-6):
-            return candidate
-    return None
-
-
-def _candidates(gated: bool) -> list[cpu.Activation]:
-    functions = ("silu", "gelu_tanh", "gelu", "relu2", "relu")
-    if not gated:
-        return [cpu.Activation(function, "ungated") for function in functions]
-    plain = [cpu.Activation(function, layout) for layout in ("concatenated", "interleaved") for function in functions]
-    return [*plain, cpu.GPT_OSS]
 
 
 def _apply(activation: cpu.Activation, values: torch.Tensor) -> torch.Tensor:

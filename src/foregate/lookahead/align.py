@@ -262,7 +262,7 @@ class _Job:
         return {
             "trace": self._trace_facts(),
             "tokens": {"training": len(samples.training), "validation": len(samples.validation)},
-            "loss": "near",
+            "loss": "log near",
             "epochs": self.settings.epochs,
             "seed": self.settings.seed,
         }

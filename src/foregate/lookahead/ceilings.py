@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 
 from foregate.config import AlignConfig
-from foregate.lookahead.evaluate import untrained_of
 from foregate.lookahead.fit import fit_gate, recall
 from foregate.lookahead.gate import LookaheadGate
+from foregate.lookahead.judge import untrained_of
 from foregate.lookahead.samples import SourceSamples
 from foregate.lookahead.trace import Trace
 

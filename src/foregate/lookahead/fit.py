@@ -2,7 +2,8 @@
 
 What is learned: for each target a factor for every value of the source (folded into the routers' own weights at the
 end), a bias, and the MLP. The loss is the squared distance to the scores by which the target layers chose, which counts
-most for the experts near the boundary of the choice: an error there decides whether an expert is taken.
+most for the experts near the boundary of the choice: an error there decides whether an expert is taken. Its logarithm is
+summed over the targets: else far targets, of which less can be known, would take the shared MLP from the near ones.
 """
 
 import math
@@ -16,7 +17,7 @@ from torch.nn import functional
 from foregate.config import AlignConfig
 from foregate.errors import ForegateError
 from foregate.lookahead.gate import LookaheadGate, boundary
-from foregate.lookahead.metrics import chosen_mask
+from foregate.lookahead.metrics import calibration_bins, chosen_mask, expected_calibration_error
 from foregate.lookahead.samples import SourceSamples, hits
 from foregate.lookahead.teacher import Teacher
 
@@ -29,6 +30,7 @@ GROUP_BYTES = 64 << 20  # of the source's values: rows are mixed within groups o
 LEAST_SPREAD = 1e-2  # of the mean spread: what hardly varies is not blown up
 FALL_OFF = 2.0  # of an expert's weight in the loss, per spread of a row's scores away from the boundary,
 FAR_WEIGHT = 0.05  # down to this; at the boundary it is 1.05
+LEAST_DISTANCE = 1e-4  # a target that is met this well no longer counts for more
 NEWTON_STEPS = 50
 CALIBRATION_BINS = 15
 
@@ -94,20 +96,19 @@ def recall(samples: SourceSamples, gate: LookaheadGate, rows: torch.Tensor, devi
 @torch.no_grad()
 def calibrate(samples: SourceSamples, gate: LookaheadGate, device: torch.device) -> tuple[float, ...]:
     """Set scale and shift of every target to the likeliest on validation rows; returns the expected calibration errors."""
+    rows = evenly(samples.validation, JUDGED_ROWS)
     parts: list[list[torch.Tensor]] = [[] for _ in samples.targets]
-    labels: list[list[torch.Tensor]] = [[] for _ in samples.targets]
-    for rows in evenly(samples.validation, JUDGED_ROWS).split(CHUNK_ROWS):
-        logits = gate.split(gate(samples.source(rows).to(device), samples.recent(rows).to(device)))
-        for index, chosen in enumerate(samples.chosen(rows)):
-            part = logits[index]
-            parts[index].append((part - boundary(part, samples.top_k[index])).cpu().flatten())
-            labels[index].append(chosen_mask(chosen, part.shape[1]).flatten())
+    for some in rows.split(CHUNK_ROWS):
+        logits = gate.split(gate(samples.source(some).to(device), samples.recent(some).to(device)))
+        for index, part in enumerate(logits):
+            parts[index].append((part - boundary(part, samples.top_k[index])).cpu())
     errors = []
-    for index in range(len(samples.targets)):
-        margins, wanted = torch.cat(parts[index]).double(), torch.cat(labels[index]).double()
-        scale, shift = logistic_fit(margins, wanted)
+    for index, chosen in enumerate(samples.chosen(rows)):
+        margins = torch.cat(parts[index]).double()
+        scale, shift = logistic_fit(margins.flatten(), chosen_mask(chosen, margins.shape[1]).flatten().double())
         gate.scale[index], gate.shift[index] = scale, shift
-        errors.append(expected_calibration_error(torch.sigmoid(scale * margins + shift), wanted))
+        bins = calibration_bins(torch.sigmoid(scale * margins + shift), chosen, CALIBRATION_BINS)
+        errors.append(expected_calibration_error(bins) or 0.0)
     return tuple(errors)
 
 
@@ -137,14 +138,6 @@ def logistic_fit(margins: torch.Tensor, wanted: torch.Tensor) -> tuple[float, fl
             break
         value, reached = value - step, tried
     return float(value[0]) / spread, float(value[1])
-
-
-def expected_calibration_error(probabilities: torch.Tensor, wanted: torch.Tensor) -> float:
-    """The mean distance between what was said and what came, over equal bins of probability; [n] each."""
-    bins = (probabilities * CALIBRATION_BINS).long().clamp(0, CALIBRATION_BINS - 1)
-    said = torch.zeros(CALIBRATION_BINS, dtype=torch.float64).index_add_(0, bins, probabilities.double())
-    came = torch.zeros(CALIBRATION_BINS, dtype=torch.float64).index_add_(0, bins, wanted.double())
-    return float((said - came).abs().sum() / max(len(wanted), 1))
 
 
 def evenly(rows: torch.Tensor, most: int) -> torch.Tensor:
@@ -230,7 +223,7 @@ def _train(
             rows = order[step * batch : (step + 1) * batch]
             wanted = _teach(samples, teachers, rows, device)
             logits = model(samples.source(rows).to(device), samples.recent(rows).to(device))
-            loss = _loss(logits, wanted, model.untrained)
+            loss = training_loss(logits, wanted, model.untrained)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -238,13 +231,17 @@ def _train(
         yield epoch
 
 
-def _loss(logits: torch.Tensor, wanted: torch.Tensor, gate: LookaheadGate) -> torch.Tensor:
-    """The squared distance, weighted: most at the boundary of the teacher's choice; the mean over targets."""
+def training_loss(logits: torch.Tensor, wanted: torch.Tensor, gate: LookaheadGate) -> torch.Tensor:
+    """The mean over targets of the logarithm of the squared distance, weighted: most at the boundary of the choice.
+
+    logits and wanted: float32 [rows, outputs], the targets side by side as in the gate.
+    """
     loss = logits.new_zeros(())
     for found, teacher, k in zip(gate.split(logits), gate.split(wanted), gate.top_k, strict=True):
         spread = teacher.std(dim=1, keepdim=True, correction=0).clamp_min(torch.finfo(torch.float32).tiny)
         weights = torch.exp(-FALL_OFF * (teacher - boundary(teacher, k)).abs() / spread) + FAR_WEIGHT
-        loss = loss + (weights * (found - teacher).square()).sum() / weights.sum()
+        distance = (weights * (found - teacher).square()).sum() / weights.sum()
+        loss = loss + (distance + LEAST_DISTANCE).log()
     return loss / len(gate.sizes)
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from foregate.errors import ForegateError
-from foregate.lookahead.evaluate import GateEvaluation
+from foregate.lookahead.evaluation import GateEvaluation
 from foregate.lookahead.scores import CEILING, FREQUENCY, GATE, METHODS, NEXT_ROUTER, PREVIOUS, UNTRAINED
 
 if TYPE_CHECKING:

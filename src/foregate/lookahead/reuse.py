@@ -104,6 +104,12 @@ def fit_reuse_head(inputs: torch.Tensor, scores: torch.Tensor, chosen: torch.Ten
     return head.requires_grad_(False)
 
 
+def reuse_parameters(input_size: int, num_experts: int) -> int:
+    """Parameters of one layer's head."""
+    outputs = len(WINDOWS) * num_experts
+    return WIDTH * (input_size + 1) + outputs * (WIDTH + 1) + len(WINDOWS) * FEATURES
+
+
 def _decay() -> torch.Tensor:
     return 0.5 ** (1 / torch.tensor(HALF_LIVES))
 

@@ -112,7 +112,8 @@ def scale_table() -> torch.Tensor:
 def dequantize(planes: dict[str, torch.Tensor], bits: int, rows: int, cols: int) -> torch.Tensor:
     """The weights of a matrix, float32 [rows, cols], step by step as the format defines them."""
     q = unpack_codes(planes, bits, math.ceil(cols / BLOCK) * BLOCK).view(rows, -1, BLOCK).float()
-    scale = (planes["base"] * scale_table()[planes["scales"].long()]).unsqueeze(-1)  # [rows, blocks, 1]
+    table = scale_table().to(planes["scales"].device)
+    scale = (planes["base"] * table[planes["scales"].long()]).unsqueeze(-1)  # [rows, blocks, 1]
     if bits == 2:
         groups = planes["groups"].repeat_interleave(GROUP, dim=-1)  # a byte per column
         scale = scale * ((groups & 15) + 1).float() / 16
