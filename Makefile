@@ -23,9 +23,10 @@ test: .venv/ready .venv/ready-test
 test-oldest: .venv/ready-test $(OLDEST)/ready
 	PYTHONPATH=$(OLDEST) .venv/bin/python -m pytest -n $(WORKERS) tests/test_families.py tests/model/test_interfaces.py
 
-# What takes minutes or a large package: lm-eval's wrapper.
+# What takes minutes or a large package: lm-eval, the server under load and under schemathesis, its page in the system's
+# Chromium (skipped where there is none).
 test-slow: .venv/ready-test
-	$(PIP) lm_eval
+	$(PIP) 'lm_eval[api]' schemathesis playwright
 	.venv/bin/python -m pytest -m slow tests
 
 lint: .venv/ready-test

@@ -129,3 +129,21 @@ class BenchConfig:
     top_p: float = 0.95
     seed: int = 0
     foreign_load: float = 0.1  # share of all cores from which other programs spoil a timing
+
+
+@dataclass(frozen=True)
+class ServeConfig:
+    """How a store is served over HTTP."""
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    max_running: int = 8  # replies that advance together
+    max_waiting: int = 64  # replies that wait for their turn; more are refused
+    context: int = 8192  # tokens of prompt and reply together, if the model's own limit is not smaller
+    prompt_chunk: int = 512  # tokens of a prompt computed between two steps of the running replies
+    max_body_bytes: int = 2 * 2**20
+    max_connections: int = 256
+    stalled_seconds: float = 30.0  # a client that sends no request, or takes no reply, for so long is disconnected
+    shutdown_seconds: int = 30  # granted to running replies when the server is stopped
+    retry_after_seconds: int = 2  # what a refused client is told
+    rate_seconds: float = 10.0  # of the past that tokens/s is taken over
