@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from world import EXPERTS, LAYERS, SHAPE, World
 
 from foregate.schedule import Load, Prediction, Shape, make_scheduler
-from foregate.schedule.estimates import BLOCK, LOSS, REST, Calibration, Pace, Worth, tokens_passing
+from foregate.schedule.estimates import BLOCK, LEAST, LOSS, REST, Calibration, Pace, Worth, tokens_passing
 
 FIRST = lambda count: 0  # noqa: E731
 
@@ -77,7 +77,7 @@ def test_tokens_passing_is_a_sum_of_survival(values: list[float]) -> None:
     reuse = np.maximum.accumulate(np.array(values).reshape(3, 3), axis=0)
     soon, passing = tokens_passing(reuse)
     for expert in range(3):
-        s1, s4, s16 = np.maximum(1 - reuse[:, expert], 1e-4)
+        s1, s4, s16 = np.maximum(1 - reuse[:, expert], LEAST)
         fall = min((s16 / s4) ** (1 / 12), 1 - 1 / 4096)
         total = s1
         total += sum((s1 + (s4 - s1) * n / 3 + s1 + (s4 - s1) * (n + 1) / 3) / 2 for n in range(3))
@@ -89,14 +89,14 @@ def test_tokens_passing_is_a_sum_of_survival(values: list[float]) -> None:
 
 def test_calibration_finds_the_true_rate() -> None:
     random, calibration = np.random.default_rng(0), Calibration(2)
-    given_out = np.full(8, 0.9)
+    given_out, first_cells = np.full(16, 0.9), Calibration.first_cells(np.repeat([0, 1], 8))
     for _ in range(600):
-        (_, cells), (_, other) = calibration.correct([given_out, given_out], 0)
-        calibration.learn([cells], (random.random(8) < 0.25).astype(float))
-        calibration.learn([other], (random.random(8) < 0.9).astype(float))
-    (wrong, _), (right, _) = calibration.correct([given_out, given_out], 0)
-    assert wrong == pytest.approx(0.25, abs=0.05)
-    assert right == pytest.approx(0.9, abs=0.05)
+        _, cells = calibration.correct(given_out, first_cells)
+        calibration.learn([cells[:8]], (random.random(8) < 0.25).astype(float))
+        calibration.learn([cells[8:]], (random.random(8) < 0.9).astype(float))
+    likely, _ = calibration.correct(given_out, first_cells)
+    assert likely[:8] == pytest.approx(0.25, abs=0.05)
+    assert likely[8:] == pytest.approx(0.9, abs=0.05)
 
 
 def test_a_prefetch_must_be_likelier_the_less_it_can_hide() -> None:
@@ -106,7 +106,7 @@ def test_a_prefetch_must_be_likelier_the_less_it_can_hide() -> None:
         pace.waited(0.005)
         pace.load(0.040)
     assert pace.layer_seconds == pytest.approx(0.005)
-    near, far, farther = pace.least_probability(np.array([1.0, 4.0, 400.0]))
+    near, far, farther = (pace.least_probability(distance) for distance in (1.0, 4.0, 400.0))
     assert near > far > farther
     assert near == pytest.approx(LOSS * 0.040 / (0.005 + LOSS * 0.040))
     assert farther == pytest.approx(LOSS / (1 + LOSS))

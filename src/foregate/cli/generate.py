@@ -68,7 +68,7 @@ def generate_and_report(
     _write("\n")
     report = build_report(
         model.foregate,
-        {**engine_settings, **generate_settings},
+        {**engine_settings, "policy": model.foregate.policy, **generate_settings},
         {"prompt": result.prompt_tokens, "generated": result.new_tokens},
         {"load": load_seconds, "first_token": result.first_token_seconds, "decode": result.decode_seconds},
     )

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from foregate.engine import Engine
 from foregate.errors import ForegateError
 from foregate.kernels.base import Product
-from foregate.lookahead.gate import LookaheadGate, boundary, token_source
+from foregate.lookahead.gate import LookaheadGate, token_source
 from foregate.lookahead.gates import LookaheadGates
 from foregate.lookahead.reuse import HALF_LIVES, NEVER, WINDOWS
 from foregate.model.routers import Router, find_routers, router_input
@@ -96,7 +96,8 @@ class PackedGate:
         inputs = gate.base.shape[1]
         self._bias, self._down_bias = gate.bias.numpy(), gate.down_bias.numpy()
         self._down_recent, self._up = gate.down[:, inputs:].contiguous().numpy(), gate.up.numpy()
-        self._scale, self._shift = gate.scale.tolist(), gate.shift.tolist()
+        self._scale = np.repeat(gate.scale.numpy(), gate.sizes)  # of each output
+        self._shift = np.repeat(gate.shift.numpy(), gate.sizes)
         rows, self._reuse = [gate.base, gate.down[:, :inputs]], None
         if gate.reuse is not None:
             head = gate.reuse
@@ -120,22 +121,22 @@ class PackedGate:
                 self._down_recent @ recent + self._down_bias
             )
             logits += _silu(inner) @ self._up.T
-        parts = [
-            self._chosen(logits[:, end - size : end], n)
-            for n, (size, end) in enumerate(zip(self._sizes, self._ends, strict=True))
-        ]
+        parts = np.split(self._chosen(logits), self._ends[:-1])
         if self._reuse is None or features is None:
             return parts, None
         bias, up, up_bias, shared = self._reuse
         own = up @ _silu(products[-1, self._logits + self._inner :] + bias) + up_bias
         return parts, _sigmoid(own.reshape(len(WINDOWS), -1) + shared @ features)
 
-    def _chosen(self, logits: np.ndarray, target: int) -> np.ndarray:
-        if len(logits) == 1:
-            edge = _boundary(logits[0], self._top_k[target])
-            return _sigmoid(self._scale[target] * (logits[0] - edge) + self._shift[target])
-        edges = boundary(torch.from_numpy(logits), self._top_k[target]).numpy()
-        return 1.0 - np.prod(1.0 - _sigmoid(self._scale[target] * (logits - edges) + self._shift[target]), axis=0)
+    def _chosen(self, logits: np.ndarray) -> np.ndarray:
+        """Probabilities [outputs] that any of the tokens chooses the expert. logits: [tokens, outputs]."""
+        edges = np.empty_like(logits)
+        start = 0
+        for size, end, top_k in zip(self._sizes, self._ends, self._top_k, strict=True):
+            edges[:, start:end] = _boundary(logits[:, start:end], min(top_k, size))
+            start = end
+        chosen = _sigmoid(self._scale * (logits - edges) + self._shift)
+        return chosen[0] if len(chosen) == 1 else 1.0 - np.prod(1.0 - chosen, axis=0)
 
 
 class UseHistory:
@@ -158,16 +159,16 @@ class UseHistory:
         return np.concatenate([np.log1p(self._values), (scores - scores.mean())[None]])
 
 
-def _boundary(logits: np.ndarray, top_k: int) -> float:
-    """`gate.boundary` of one token."""
-    if top_k >= len(logits):
-        return logits.min()
-    ordered = np.partition(logits, (-top_k - 1, -top_k))
-    return (ordered[-top_k] + ordered[-top_k - 1]) / 2
+def _boundary(logits: np.ndarray, top_k: int) -> np.ndarray:
+    """`gate.boundary` of [tokens, experts]: [tokens, 1]."""
+    if top_k == logits.shape[1]:
+        return logits.min(axis=1, keepdims=True)
+    ordered = np.partition(logits, (-top_k - 1, -top_k), axis=1)
+    return (ordered[:, -top_k:][:, :1] + ordered[:, -top_k - 1 : -top_k]) / 2
 
 
 def _sigmoid(values: np.ndarray) -> np.ndarray:
-    return 1.0 / (1.0 + np.exp(-np.clip(values, -60, 60)))
+    return 0.5 * np.tanh(0.5 * values) + 0.5
 
 
 def _silu(values: np.ndarray) -> np.ndarray:

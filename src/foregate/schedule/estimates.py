@@ -8,9 +8,10 @@ import numpy as np
 from foregate.schedule.base import Shape
 
 WINDOWS = (1, 4, 16)  # tokens ahead, of the reuse heads
+TRAPEZOIDS = np.array([2.5, 7.5, 6.0])  # weights of what is left after each window in a sum over 16 tokens
 HALF_LIFE = 32.0  # tokens, of the decayed frequency
 LONGEST = 4096.0  # tokens: every expert is expected to return within
-CERTAIN = 0.001  # what is left of a probability is never less
+LEAST = 0.001  # that a use does not come is never less probable
 BINS = 8  # of probability
 PRIOR = 32.0  # predictions: how much a probability as given is worth against what was observed
 FADE = 0.998  # of what was observed, a layer call
@@ -60,16 +61,17 @@ class Pace:
     def waited(self, seconds: float) -> None:
         self._waited += seconds
 
-    def least_probability(self, distance: np.ndarray) -> np.ndarray:
+    def least_probability(self, distance: float) -> float:
         """From which probability on a prefetch for a layer so many calls ahead is expected to save time.
 
         Right, it hides what the link does until then, at most a load; wrong, it loses LOSS of one: p * hidden =
         (1 - p) * lost.
         """
-        if not self.load_seconds:
-            return np.full(len(distance), UNKNOWN)
-        hidden, lost = np.minimum(distance * self.layer_seconds, self.load_seconds), LOSS * self.load_seconds
-        return lost / (hidden + lost)
+        load = self.load_seconds
+        if not load:
+            return UNKNOWN
+        lost = LOSS * load
+        return lost / (min(distance * self.layer_seconds, load) + lost)
 
 
 class Calibration:
@@ -79,25 +81,24 @@ class Calibration:
     """
 
     def __init__(self, horizons: int) -> None:
-        self._given, self._came = np.zeros(horizons * BINS), np.zeros(horizons * BINS)
+        self._counts = np.zeros((2, horizons * BINS))
+        self._given, self._came = self._counts  # predictions by cell, and those that came true
 
-    def correct(self, given: Sequence[np.ndarray], first: int) -> list[tuple[np.ndarray, np.ndarray]]:
-        """For each prediction, of horizons first, first + 1 ...: how it has turned out so far, and its cells.
+    @staticmethod
+    def first_cells(horizons: np.ndarray) -> np.ndarray:
+        """The first cell of each horizon."""
+        return horizons * BINS
 
-        given: float [experts] each; both results are of that shape.
-        """
-        found = []
-        for horizon, probabilities in enumerate(given, first):
-            cells = (probabilities * (BINS - 1e-4)).astype(np.intp)
-            cells += horizon * BINS
-            found.append(((self._came[cells] + PRIOR * probabilities) / (self._given[cells] + PRIOR), cells))
-        return found
+    def correct(self, given: np.ndarray, first_cells: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(probabilities as they have turned out so far, their cells), each of the shape of `given`."""
+        cells = (given * (BINS - 1e-4)).astype(np.intp)
+        cells += first_cells
+        return (self._came[cells] + PRIOR * given) / (self._given[cells] + PRIOR), cells
 
     def learn(self, cells: Sequence[np.ndarray], chosen: np.ndarray) -> None:
         """cells: of all predictions for one call; chosen: float [experts], 1 where it came true."""
         flat = np.concatenate(cells)
-        self._given *= FADE
-        self._came *= FADE
+        self._counts *= FADE
         self._given += np.bincount(flat, minlength=len(self._given))
         self._came += np.bincount(flat, np.concatenate([chosen] * len(cells)), len(self._came))
 
@@ -117,7 +118,7 @@ class ReuseEstimate:
         self.passes = np.full((shape.layers, max(shape.experts)), LONGEST)
         self.rest = np.ones(self.passes.shape)
         for layer, rate in enumerate(self._rate):
-            self.rest[layer, : len(rate)] = np.maximum(1 - rate, CERTAIN)
+            self.rest[layer, : len(rate)] = np.maximum(1 - rate, LEAST)
             self.passes[layer, : len(rate)] = 1 / rate - 1
 
     @property
@@ -132,7 +133,7 @@ class ReuseEstimate:
             self._rate_error.add(_mean_square(self._rate[layer] - chosen))
         rate = self._rate[layer]
         rate += (1 - self._decay) * (chosen - rate)
-        self.rest[layer, : len(rate)] = np.maximum(1 - rate, CERTAIN)
+        self.rest[layer, : len(rate)] = np.maximum(1 - rate, LEAST)
         self.passes[layer, : len(rate)] = 1 / np.maximum(rate, 1 / LONGEST) - 1
 
     def predicted(self, layer: int, reuse: np.ndarray) -> None:
@@ -140,7 +141,7 @@ class ReuseEstimate:
         soon, passes = tokens_passing(reuse)
         self._heads[layer] = soon
         if self._head_error.value <= self._rate_error.value:
-            self.rest[layer, : len(soon)], self.passes[layer, : len(soon)] = np.maximum(1 - soon, CERTAIN), passes
+            self.rest[layer, : len(soon)], self.passes[layer, : len(soon)] = np.maximum(1 - soon, LEAST), passes
 
 
 def tokens_passing(reuse: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -149,12 +150,11 @@ def tokens_passing(reuse: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     reuse: [windows, experts]. The sum over t >= 1 of the chance that no token up to t has come: linear between the
     windows, then falling as it did in the last.
     """
-    s1, s4, s16 = np.maximum(1.0 - reuse, 1e-4)
-    s4 = np.minimum(s1, s4)
-    s16 = np.minimum(s4, s16)
-    fall = np.minimum((s16 / s4) ** (1 / (WINDOWS[2] - WINDOWS[1])), 1 - 1 / LONGEST)
-    passing = s1 + (WINDOWS[1] - WINDOWS[0]) * (s1 + s4) / 2 + (WINDOWS[2] - WINDOWS[1]) * (s4 + s16) / 2
-    return reuse[0], passing + s16 / (1 - fall)
+    left = np.maximum(1.0 - reuse, LEAST)
+    np.minimum(left[1], left[0], out=left[1])
+    np.minimum(left[2], left[1], out=left[2])
+    fall = np.minimum((left[2] / left[1]) ** (1 / (WINDOWS[2] - WINDOWS[1])), 1 - 1 / LONGEST)
+    return reuse[0], TRAPEZOIDS @ left + left[2] / (1 - fall)
 
 
 class Worth:

@@ -31,6 +31,7 @@ class LookaheadScheduler(Scheduler):
         self._time = np.zeros(size)  # expected layer calls until the next use
         self._leaving = np.zeros(size)  # the same for what may be evicted, below 0 for what may not
         self._stale = True  # whether the latter two are out of date
+        self._aims: dict[tuple[int, bool], _Aims] = {}  # by the source of a prediction
         self._calibration = Calibration(2 * shape.layers)  # the token source has horizons of its own
         self._pace, self._worth = Pace(), Worth()
         self._layer = shape.layers - 1  # that was routed last
@@ -59,9 +60,11 @@ class LookaheadScheduler(Scheduler):
         if prediction.reuse is not None:
             self._reuse.predicted(prediction.layer, prediction.reuse)
             self._passes[prediction.layer] = self._reuse.passes[prediction.layer]
-        likely = self._listen(prediction)
-        self._stale = True
-        self._candidates = self._worth_fetching([target for target, _ in prediction.ahead], likely)
+        if prediction.ahead:
+            aims = self._aims_of(prediction)
+            likely = self._listen(prediction, aims)
+            self._stale = True
+            self._candidates = self._worth_fetching(aims, likely)
         return self._go_on(now)
 
     def arrived(self, key: ExpertKey, seconds: float = 0.0, now: float = 0.0) -> list[Action]:
@@ -111,15 +114,12 @@ class LookaheadScheduler(Scheduler):
     def evicted(self, key: ExpertKey) -> None:
         self._may_leave(key, False)
 
-    def _worth_fetching(self, targets: list[int], likely: list[np.ndarray]) -> list[ExpertKey]:
-        """What gates expect, is absent and worth a load; the one whose next use is nearest comes last."""
-        least = self._pace.least_probability(self._distance[self._layer, targets, 0]).tolist()
-        found = [
-            (target, expert)
-            for target, probabilities, enough in zip(targets, likely, least, strict=True)
-            for expert in (probabilities >= enough).nonzero()[0].tolist()
-            if (target, expert) not in self._slot_of
-        ]
+    def _worth_fetching(self, aims: "_Aims", likely: np.ndarray) -> list[ExpertKey]:
+        """What a gate expects, is absent and worth a load; the one whose next use is nearest comes last."""
+        distances = self._distance[self._layer]
+        least = np.array([self._pace.least_probability(distances[target, 0]) for target in aims.targets])
+        probable = (likely >= least[aims.rows]).nonzero()[0].tolist()
+        found = [aims.keys[place] for place in probable if aims.keys[place] not in self._slot_of]
         if len(found) > 1:
             self._refresh()
             found.sort(key=lambda key: -self._time[key])
@@ -146,16 +146,25 @@ class LookaheadScheduler(Scheduler):
             self._calibration.learn(cells, chosen)
         self._reuse.routed(layer, chosen, tokens)
 
-    def _listen(self, prediction: Prediction) -> list[np.ndarray]:
-        """What a prediction is worth: for each target the corrected probabilities, float [experts]."""
-        first = self.shape.layers if prediction.token else 0
-        corrected = self._calibration.correct([given for _, given in prediction.ahead], first)
-        for (target, _), (likely, cells) in zip(prediction.ahead, corrected, strict=True):
-            self._ahead.setdefault(target, []).append(cells)
-            # not used by the next call, it will be passed by as often as it would be else
-            own = slice(len(likely))
-            self._passes[target, own] = self._reuse.passes[target, own] * (1 - likely) / self._reuse.rest[target, own]
-        return [likely for likely, _ in corrected]
+    def _aims_of(self, prediction: Prediction) -> "_Aims":
+        source = prediction.layer, prediction.token
+        if source not in self._aims:
+            first = self.shape.layers if prediction.token else 0
+            targets = [target for target, _ in prediction.ahead]
+            self._aims[source] = _Aims(targets, self.shape.experts, first, self._passes.shape[1])
+        return self._aims[source]
+
+    def _listen(self, prediction: Prediction, aims: "_Aims") -> np.ndarray:
+        """What a prediction is worth: its probabilities, corrected, side by side."""
+        likely, cells = self._calibration.correct(
+            np.concatenate([given for _, given in prediction.ahead]), aims.first_cells
+        )
+        for target, part in zip(aims.targets, aims.parts, strict=True):
+            self._ahead.setdefault(target, []).append(cells[part])
+        # not used by the next call, an expert will be passed by as often as it would be else
+        passes = self._reuse.passes.ravel()[aims.places] * (1 - likely)
+        self._passes.ravel()[aims.places] = passes / self._reuse.rest.ravel()[aims.places]
+        return likely
 
     def _may_leave(self, key: ExpertKey, whether: bool) -> None:
         self._evictable[key] = whether
@@ -166,3 +175,17 @@ class LookaheadScheduler(Scheduler):
             self._time = self._distance[self._layer] + self.shape.layers * self._passes
             self._leaving = np.where(self._evictable, self._time, -1.0)
             self._stale = False
+
+
+class _Aims:
+    """Where the values of a prediction belong that lie side by side, target after target."""
+
+    def __init__(self, targets: list[int], experts: tuple[int, ...], first: int, width: int) -> None:
+        self.targets = targets
+        sizes = [experts[target] for target in targets]
+        self.rows = np.repeat(np.arange(len(targets)), sizes)  # which target a value is about
+        self.keys = [(target, expert) for target, size in zip(targets, sizes, strict=True) for expert in range(size)]
+        self.places = np.array([target * width + expert for target, expert in self.keys])  # in [layers, experts]
+        self.first_cells = Calibration.first_cells(first + self.rows)
+        ends = np.cumsum(sizes).tolist()
+        self.parts = [slice(end - size, end) for size, end in zip(sizes, ends, strict=True)]
