@@ -10,8 +10,9 @@ from foregate.config import EngineConfig, GenerateConfig
 
 NAME = "generate"
 POLICY_HELP = (
-    "What stays in memory: lru (least recently used leaves first), lookahead (what the gates expect stays) or demand "
-    "(nothing is kept)."
+    "What stays in memory and what is fetched ahead: lookahead (as the gates expect), lru (least recently used leaves), "
+    "demand (nothing is kept), mixtral-offloading or mixtral-offloading-code (the baselines); auto is lookahead where "
+    "the store has gates, otherwise lru."
 )
 MEMORY_HELP = "A share of the experts (25%), or bytes for backbone and experts together (8GiB)."
 

@@ -26,9 +26,10 @@ from foregate.memory.budget import divide
 from foregate.memory.process import return_unused_memory
 from foregate.model.experts import streamed_experts
 from foregate.model.linear import read_matrices, with_quantized_linears
-from foregate.schedule import BOUNDS, Route
+from foregate.schedule import Route
 
 MAX_THREADS = 256
+LOOKAHEAD_BOUND = "clairvoyant-horizon"  # listens to gates too, and corrects them
 AUTO, LOOKAHEAD, LRU, MIXTRAL_OFFLOADING = "auto", "lookahead", "lru", "mixtral-offloading"
 _BUILDING = threading.Lock()  # class names are swapped while a model is built
 
@@ -48,15 +49,17 @@ def load(
 ) -> PreTrainedModel:
     """Load a store as a transformers model whose experts are read on demand.
 
-    memory: a share of the experts ("25%") or bytes ("8GiB", 8589934592) for backbone and experts together. policy:
-    "lookahead", which needs gates in the store, "lru", "demand", "mixtral-offloading", "mixtral-offloading-code", or
-    "auto": lookahead where the store has gates, otherwise lru. link_bandwidth: bytes/s, to read as if from a slower
-    disk. gates: to use instead of the store's, also by mixtral-offloading, which otherwise guesses with the next layer's
-    router. future: every call of a layer to come, for the bounds of foregate.schedule.BOUNDS. readers: threads that read. threads: threads that compute, for the whole process; 0 is one
-    per core. kernel: "auto", "cpu" (native) or "reference" (PyTorch). exact: keep activations in float32 where the native
-    kernel would round them to int8, with quantized experts. Computation is on the CPU. The result is an ordinary model: `generate`, pipelines and
-    evaluation harnesses work on it; its `foregate` attribute is the engine. Raises ForegateError on a damaged store, a
-    budget that is too small, an unknown policy or an impossible number of threads.
+    memory: a share of the experts ("25%") or bytes ("8GiB", 8589934592) for backbone and experts together.
+    policy: a name of foregate.schedule.POLICIES, or "auto": "lookahead" where the store has gates, otherwise "lru".
+    readers: threads that read; threads: threads that compute, for the whole process, 0 is one per core.
+    kernel: "auto", "cpu" (native) or "reference" (PyTorch). exact: keep activations in float32 where the native kernel
+    would round them to int8, with quantized experts. link_bandwidth: bytes/s, to read as if from a slower disk.
+    gates: to use instead of the store's, also by "mixtral-offloading", which otherwise guesses with the next layer's
+    router. future: every call of a layer to come, for the bounds (foregate.schedule.BOUNDS).
+
+    Computation is on the CPU. The result is an ordinary model: `generate`, pipelines and evaluation harnesses work on
+    it; its `foregate` attribute is the engine. Raises ForegateError on a damaged store, a budget that is too small, an
+    unknown policy or an impossible number of threads.
     """
     if not 0 <= threads <= MAX_THREADS or not 1 <= readers <= MAX_THREADS:
         raise ForegateError(f"threads={threads}, readers={readers}: 0 or 1 to {MAX_THREADS} are possible")
@@ -68,7 +71,7 @@ def load(
     budget = divide(str(memory), opened, _backbone_bytes(opened, architecture))
     if policy == AUTO:
         policy = LOOKAHEAD if (opened.path / GATES_FILE).is_file() else LRU
-    if gates is None and (policy == LOOKAHEAD or policy in BOUNDS):
+    if gates is None and policy in (LOOKAHEAD, LOOKAHEAD_BOUND):
         gates = LookaheadGates.load(opened.path / GATES_FILE, opened.layers)
     engine = Engine(
         opened,

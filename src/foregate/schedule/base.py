@@ -188,6 +188,10 @@ class Scheduler(ABC):
         """Records on their way."""
         return tuple(self._loading)
 
+    def expected(self) -> tuple[ExpertKey, ...]:
+        """Records that the latest predictions say will be used next."""
+        return ()
+
     def wants_predictions(self) -> bool:
         """Whether `predicted` would be listened to now."""
         return False

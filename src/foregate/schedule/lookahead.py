@@ -35,6 +35,7 @@ class LookaheadScheduler(Scheduler):
         self._calibration = Calibration(2 * shape.layers)  # the token source has horizons of its own
         self._pace, self._worth = Pace(), Worth()
         self._layer = shape.layers - 1  # that was routed last
+        self._latest: tuple[_Aims, np.ndarray] | None = None  # the last prediction
 
     # -- events ---------------------------------------------------------------------------------------------------
 
@@ -65,6 +66,7 @@ class LookaheadScheduler(Scheduler):
             likely = self._listen(prediction, aims)
             self._stale = True
             self._candidates = self._worth_fetching(aims, likely)
+            self._latest = aims, likely
         return self._go_on(now)
 
     def arrived(self, key: ExpertKey, seconds: float = 0.0, now: float = 0.0) -> list[Action]:
@@ -82,6 +84,12 @@ class LookaheadScheduler(Scheduler):
 
     def wants_predictions(self) -> bool:
         return self._worth.listening
+
+    def expected(self) -> tuple[ExpertKey, ...]:
+        if self._latest is None:
+            return ()
+        aims, likely = self._latest
+        return tuple(aims.keys[place] for place in (likely >= 0.5).nonzero()[0].tolist())
 
     def facts(self) -> dict[str, Any]:
         return {

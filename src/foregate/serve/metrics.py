@@ -3,6 +3,7 @@
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
+from dataclasses import asdict
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
@@ -80,6 +81,14 @@ class _Watched(Collector):
             for layer, values in enumerate(counts):
                 family.add_metric([str(layer)], getattr(values, field))
             yield family
+        fates = CounterMetricFamily(
+            "foregate_prefetches",
+            "Experts fetched before a router chose them, by what became of them.",
+            labels=["fate"],
+        )
+        for fate, count in asdict(self._engine.scheduler.prefetches).items():
+            fates.add_metric([fate], count)
+        yield fates
         load = self._load()
         yield GaugeMetricFamily("foregate_replies_running", "Replies being made.", load["running"])
         yield GaugeMetricFamily("foregate_replies_waiting", "Replies in the queue.", load["waiting"])

@@ -55,8 +55,8 @@ class Residency:
 
 
 def expected_experts(engine: Any) -> dict[str, set[ExpertKey]]:
-    """What the scheduler is fetching, and what it predicts, of which it says nothing yet."""
-    return {"fetching": set(engine.scheduler.in_flight()), "predicted": set()}
+    """What the scheduler is fetching, and what its predictions expect."""
+    return {"fetching": set(engine.scheduler.in_flight()), "predicted": set(engine.scheduler.expected())}
 
 
 def _of_layer(layer: int, keys: Iterable[ExpertKey]) -> list[int]:
