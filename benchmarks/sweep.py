@@ -15,7 +15,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
-from statistics import median
+from statistics import geometric_mean, median
 from typing import Any
 
 import torch
@@ -38,6 +38,7 @@ LINKS = (0.25e9, 0.5e9, 1e9, 2e9, 4e9, 8e9)  # bytes/s
 SATURATED = 0.05e9
 BITS_PER_WEIGHT = {4: 4 + 16 / BLOCK, 3: 3 + 16 / BLOCK, 2: 2 + 40 / BLOCK}  # scales and zero points among them
 ALTERNATING = 32  # tokens of a text before another takes over
+OPEN = 1.3  # times mixtral-offloading, that the bound of a cell must reach for it to be open
 WORKERS = 2
 MACHINE_FIELDS = ("record_bytes", "layer_seconds", "expert_seconds", "call_seconds", "token_seconds", "gate_seconds")
 
@@ -153,15 +154,60 @@ def draw(rows: list[dict[str, Any]], folder: Path) -> None:
         plot_speeds(own, folder / f"sweep-{model}-{bits}bit.png", f"{model}, experts at {bits} bits, simulated")
 
 
-def print_worst(rows: list[dict[str, Any]]) -> None:
-    """Where lookahead does worst by each measure, for every model and kind."""
-    ours = [row for row in rows if row["policy"] == "lookahead"]
-    print("model | kind | cells | least of the best simple | least of clairvoyant-horizon | least of clairvoyant")
-    for model, kind in dict.fromkeys((row["model"], row["kind"]) for row in ours):
-        own = [row for row in ours if (row["model"], row["kind"]) == (model, kind)]
-        least = [min(row["ratio_to_best_simple"] for row in own)]
-        least += [min(row["ratios"][bound] for row in own) for bound in ("clairvoyant-horizon", "clairvoyant")]
-        print(" | ".join([model, kind, str(len(own)), *(f"{value:.3f}" for value in least)]))
+def summarise(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """How lookahead does in the cells of every model and kind, at its worst and on average.
+
+    `open` cells are those whose bound is at least OPEN times mixtral-offloading; `slow_half` those at 50 % in which, under
+    mixtral-offloading, the link is busier than the processor.
+    """
+    cells: dict[tuple, dict[str, dict[str, Any]]] = {}
+    for row in rows:
+        key = row["model"], row["kind"], row["bits"], row["memory"], row["link_bandwidth"]
+        cells.setdefault(key, {})[row["policy"]] = row
+    found = []
+    for model, kind in dict.fromkeys(key[:2] for key in cells):
+        own = [cell for key, cell in cells.items() if key[:2] == (model, kind)]
+        ours = [cell["lookahead"] for cell in own]
+        room = [cell for cell in own if cell["clairvoyant"]["ratios"]["mixtral-offloading"] >= OPEN]
+        slow_half = [cell for cell in room if cell["lookahead"]["memory"] == "50%" and link_bound(cell)]
+        closed = [row["gap_closed"] for row in ours if row["gap_closed"] is not None]
+        found.append(
+            {
+                "model": model,
+                "kind": kind,
+                "cells": len(own),
+                "least_of_best_simple": min(row["ratio_to_best_simple"] for row in ours),
+                "least_of_horizon": min(row["ratios"]["clairvoyant-horizon"] for row in ours),
+                "mean_of_horizon": geometric_mean([row["ratios"]["clairvoyant-horizon"] for row in ours]),
+                "mean_gap_closed": sum(closed) / len(closed) if closed else None,
+                "open_cells": len(room),
+                "open_over_mixtral_offloading": over_baseline(room),
+                "slow_half_cells": len(slow_half),
+                "slow_half_over_mixtral_offloading": over_baseline(slow_half),
+                "slow_half_least": min((ratio_to_baseline(cell) for cell in slow_half), default=None),
+                "slow_half_most": max((ratio_to_baseline(cell) for cell in slow_half), default=None),
+            }
+        )
+    return found
+
+
+def link_bound(cell: dict[str, dict[str, Any]]) -> bool:
+    """Whether mixtral-offloading's link is busier than its processor."""
+    baseline = cell["mixtral-offloading"]
+    return baseline["link_share"] > 1 - baseline["stall_share"]
+
+
+def ratio_to_baseline(cell: dict[str, dict[str, Any]]) -> float:
+    return cell["lookahead"]["ratios"]["mixtral-offloading"]
+
+
+def over_baseline(cells: list[dict[str, dict[str, Any]]]) -> float | None:
+    return geometric_mean([ratio_to_baseline(cell) for cell in cells]) if cells else None
+
+
+def print_summary(summary: list[dict[str, Any]]) -> None:
+    for row in summary:
+        print(" | ".join(f"{value:.3f}" if isinstance(value, float) else str(value) for value in row.values()))
 
 
 def main() -> None:
@@ -187,8 +233,9 @@ def main() -> None:
         f"{model.name}-{bits}bit": asdict(measured(model.machine, bits)) for model in models for bits in BITS_PER_WEIGHT
     }
     settings = {"tokens": args.tokens, "warm_up": args.warm_up, "machines": machines}
-    args.json.write_text(json.dumps({**settings, "rows": rows}, indent=1) + "\n")
-    print_worst(rows)
+    summary = summarise(rows)
+    args.json.write_text(json.dumps({**settings, "summary": summary, "rows": rows}, indent=1) + "\n")
+    print_summary(summary)
     if args.figures:
         draw(rows, args.figures)
 

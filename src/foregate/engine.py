@@ -194,8 +194,7 @@ class Engine:
 
     def _release(self, layer: int, experts: list[int]) -> None:
         with self._state:
-            for expert in experts:
-                self._carry_out(self.scheduler.computed((layer, expert), time.perf_counter()))
+            self._carry_out(self.scheduler.computed([(layer, expert) for expert in experts], time.perf_counter()))
 
     def _expert(self, key: ExpertKey) -> Any:
         layer, slot = key[0], self.scheduler.slot(key)

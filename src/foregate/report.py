@@ -103,6 +103,7 @@ def build_report(engine: Any, settings: dict[str, Any], tokens: dict[str, int], 
         "prefetches": asdict(engine.scheduler.prefetches),
         "policy": engine.scheduler.facts(),
         "link": {"busy_seconds": engine.link.busy_seconds, "bytes_moved": engine.link.bytes_moved},
+        "busy": _busy_shares(seconds["first_token"] + seconds["decode"], totals.stall_seconds, engine.link.busy_seconds),
         "memory": {
             "slots": used.slots,
             "slot_bytes": used.slot_bytes,
@@ -112,6 +113,14 @@ def build_report(engine: Any, settings: dict[str, Any], tokens: dict[str, int], 
         },
         "by_layer": [asdict(layer) for layer in engine.recorder.layers],
     }
+
+
+def _busy_shares(seconds: float, stall_seconds: float, link_seconds: float) -> dict[str, Any]:
+    """Shares of a run's time in which processor and link were at work, and which of the two bounds it."""
+    if seconds <= 0:
+        return {"processor": None, "link": None, "bound": None}
+    processor, link = 1 - stall_seconds / seconds, min(link_seconds / seconds, 1.0)
+    return {"processor": processor, "link": link, "bound": "link" if link > processor else "processor"}
 
 
 def write_report(report: dict, path: str | Path) -> None:

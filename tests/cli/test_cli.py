@@ -73,6 +73,11 @@ def check_report(report: dict) -> None:
     assert report["memory"]["slots"] == 6
     assert report["memory"]["peak_resident_bytes"] > report["memory"]["planned_bytes"] > 0
     assert report["settings"]["policy"] == "lru"
+    assert report["busy"]["processor"] == pytest.approx(
+        1 - experts["stall_seconds"] / (report["seconds"]["first_token"] + report["seconds"]["decode"])
+    )
+    assert 0 < report["busy"]["link"] <= 1
+    assert report["busy"]["bound"] in ("link", "processor")
 
 
 def test_text_is_the_same_for_every_memory_and_policy(store: Folder) -> None:

@@ -92,8 +92,8 @@ def test_calibration_finds_the_true_rate() -> None:
     given_out, first_cells = np.full(16, 0.9), Calibration.first_cells(np.repeat([0, 1], 8))
     for _ in range(600):
         _, cells = calibration.correct(given_out, first_cells)
-        calibration.learn([cells[:8]], (random.random(8) < 0.25).astype(float))
-        calibration.learn([cells[8:]], (random.random(8) < 0.9).astype(float))
+        calibration.learn([cells[:8]], np.flatnonzero(random.random(8) < 0.25))
+        calibration.learn([cells[8:]], np.flatnonzero(random.random(8) < 0.9))
     likely, _ = calibration.correct(given_out, first_cells)
     assert likely[:8] == pytest.approx(0.25, abs=0.05)
     assert likely[8:] == pytest.approx(0.9, abs=0.05)
@@ -151,8 +151,8 @@ def test_cost_and_memory_do_not_grow_with_tokens() -> None:
             actions += scheduler.predicted(Prediction(layer, guesses[layer], reuse), number * 0.1)
             spent += time.process_time() - start
             settle(scheduler, actions, number * 0.1)
-            for expert in routes[number % 50][layer]:
-                settle(scheduler, scheduler.computed((layer, expert), number * 0.1), number * 0.1)
+            used = [(layer, expert) for expert in routes[number % 50][layer]]
+            settle(scheduler, scheduler.computed(used, number * 0.1), number * 0.1)
         return spent
 
     early = min(sum(token(n) for n in range(start, start + 20)) for start in (100, 120, 140))

@@ -120,7 +120,7 @@ def test_mixtral_offloading_keeps_a_cache_for_every_layer_and_stages_guesses() -
     guess = np.array([0.0, 0.0, 0.9, 0.8, 0.1, 0.0])
     world.scheduler.routed(0, [0], tokens=1)
     world.start(world.scheduler.predicted(Prediction(0, ((1, guess),))))
-    world.start(world.scheduler.computed((0, 0)))
+    world.start(world.scheduler.computed([(0, 0)]))
     world.finish_all()
     assert [(load.key, load.demand) for load in world.loads[-2:]] == [((1, 2), False), ((1, 3), False)]
     assert all(world.scheduler.is_resident((1, expert)) for expert in (0, 1, 2, 3))
@@ -144,7 +144,7 @@ def test_a_policy_that_evicts_what_is_in_use_is_stopped() -> None:
     scheduler = Careless(1, SHAPE)
     scheduler.routed(0, [0])
     scheduler.arrived((0, 0))
-    scheduler.computed((0, 0))
+    scheduler.computed([(0, 0)])
     scheduler.routed(1, [0])
     scheduler.arrived((1, 0))
     with pytest.raises((RuntimeError, KeyError)):

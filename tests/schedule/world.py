@@ -76,7 +76,7 @@ class World:
                 key = ready[pick]
                 assert self.slots[self.scheduler.slot(key)] == key, "the slot holds another record"
                 self.waiting.remove(key)
-                self.start(self.scheduler.computed(key, self.now))
+                self.start(self.scheduler.computed([key], self.now))
             else:
                 self.scheduler.waited(0.01)
                 self.finish(pick - len(ready), drop=choose(2) == 0)

@@ -1,5 +1,7 @@
 """The virtual clock against sums done by hand, and against what no machine can beat."""
 
+from collections.abc import Collection
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -46,10 +48,10 @@ class Scripted(Scheduler):
     def victim(self) -> None:
         return None
 
-    def computed(self, key: ExpertKey, now: float = 0.0) -> list[Action]:
+    def computed(self, keys: Collection[ExpertKey], now: float = 0.0) -> list[Action]:
         self.wanted = self.ahead
         self.ahead = None
-        return super().computed(key, now)
+        return super().computed(keys, now)
 
     def next_prefetch(self, now: float) -> ExpertKey | None:
         wanted, self.wanted = getattr(self, "wanted", None), None

@@ -21,7 +21,7 @@ def print_summary(report: dict) -> None:
         "hits": f"{experts['hits']:,} ({experts['hit_rate']:.1%})" if experts["hit_rate"] is not None else "0",
         "misses": f"{experts['misses']:,}",
         "bytes read": f"{experts['bytes_read'] / MIB:,.1f} MiB, {experts['read_path']} reads",
-        "waited for reads": f"{experts['stall_seconds']:.2f} s",
+        "waited for reads": f"{experts['stall_seconds']:.2f} s{_bound(report['busy'])}",
         "kernel": experts["kernel"],
         "peak memory": f"{memory['peak_resident_bytes'] / MIB:,.0f} MiB",
     }
@@ -29,3 +29,10 @@ def print_summary(report: dict) -> None:
     for name, value in rows.items():
         table.add_row(name, value)
     Console(stderr=True, highlight=False).print(table)
+
+
+def _bound(busy: dict) -> str:
+    """What was at work most of the time."""
+    if busy["bound"] is None:
+        return ""
+    return f"; busy: processor {busy['processor']:.0%}, link {busy['link']:.0%}"

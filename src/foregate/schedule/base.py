@@ -7,7 +7,7 @@ happens and carries out what it answers; the simulator does the same under a vir
     predicted(prediction)   what the gates expect, after `routed` of the layer they read
     arrived(key)            a load has finished: the record is resident
     dropped(key)            a cancelled load has ended: its slot is free
-    computed(key)           the engine has used the record for this layer and may lose it
+    computed(keys)          the engine has used these records for this layer and may lose them
     waited(seconds)         compute stood still for a load
 
 Each answers with actions in the order to carry them out. Rules that hold at all times (`check_integrity`): a record
@@ -18,7 +18,7 @@ while a demand load waits for a slot.
 
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -166,9 +166,9 @@ class Scheduler(ABC):
         self._release(key)
         return self._go_on(now)
 
-    def computed(self, key: ExpertKey, now: float = 0.0) -> list[Action]:
-        """The engine no longer reads the slot of `key` for the layer at work."""
-        self._needed.remove(key)
+    def computed(self, keys: Collection[ExpertKey], now: float = 0.0) -> list[Action]:
+        """The engine no longer reads the slots of `keys` for the layer at work."""
+        self._needed.difference_update(keys)
         return self._go_on(now)
 
     def waited(self, seconds: float) -> None:  # noqa: B027 - a policy may ignore it

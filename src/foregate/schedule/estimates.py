@@ -14,6 +14,7 @@ LONGEST = 4096.0  # tokens: every expert is expected to return within
 LEAST = 0.001  # that a use does not come is never less probable
 BINS = 8  # of probability
 PRIOR = 32.0  # predictions: how much a probability as given is worth against what was observed
+FREQUENCY, REUSE_HEADS = "decayed frequency", "reuse heads"
 FADE = 0.998  # of what was observed, a layer call
 LOSS = 0.5  # of a load: what a wrong prefetch costs by what it evicted
 UNKNOWN = 0.5  # least probability of a prefetch before any load was timed
@@ -95,12 +96,12 @@ class Calibration:
         cells += first_cells
         return (self._came[cells] + PRIOR * given) / (self._given[cells] + PRIOR), cells
 
-    def learn(self, cells: Sequence[np.ndarray], chosen: np.ndarray) -> None:
-        """cells: of all predictions for one call; chosen: float [experts], 1 where it came true."""
-        flat = np.concatenate(cells)
+    def learn(self, cells: Sequence[np.ndarray], chosen: Sequence[int]) -> None:
+        """cells: [experts] of each prediction for one call; chosen: the experts it came true for."""
+        given = np.array(cells)
         self._counts *= FADE
-        self._given += np.bincount(flat, minlength=len(self._given))
-        self._came += np.bincount(flat, np.concatenate([chosen] * len(cells)), len(self._came))
+        self._given += np.bincount(given.ravel(), minlength=len(self._given))
+        self._came += np.bincount(given[:, chosen].ravel(), minlength=len(self._came))
 
 
 class ReuseEstimate:
@@ -123,24 +124,26 @@ class ReuseEstimate:
 
     @property
     def source(self) -> str:
-        return "frequency" if self._head_error.value >= self._rate_error.value else "reuse heads"
+        """Whose estimates are used while heads speak."""
+        return REUSE_HEADS if self._head_error.value <= self._rate_error.value else FREQUENCY
 
-    def routed(self, layer: int, chosen: np.ndarray, tokens: int) -> None:
-        """chosen: float [experts], 1 where the call used the expert."""
-        head = self._heads.pop(layer, None)
+    def routed(self, layer: int, experts: Sequence[int], tokens: int) -> None:
+        """The layer's call used these experts."""
+        rate, head = self._rate[layer], self._heads.pop(layer, None)
         if head is not None and tokens == 1:
-            self._head_error.add(_mean_square(head - chosen))
-            self._rate_error.add(_mean_square(self._rate[layer] - chosen))
-        rate = self._rate[layer]
-        rate += (1 - self._decay) * (chosen - rate)
-        self.rest[layer, : len(rate)] = np.maximum(1 - rate, LEAST)
-        self.passes[layer, : len(rate)] = 1 / np.maximum(rate, 1 / LONGEST) - 1
+            self._head_error.add(_squared_error(head, experts))
+            self._rate_error.add(_squared_error(rate, experts))
+        rate *= self._decay
+        rate[experts] += 1 - self._decay
+        if head is None or self.source == FREQUENCY:  # otherwise the head will speak in a moment
+            self.rest[layer, : len(rate)] = np.maximum(1 - rate, LEAST)
+            self.passes[layer, : len(rate)] = 1 / np.maximum(rate, 1 / LONGEST) - 1
 
     def predicted(self, layer: int, reuse: np.ndarray) -> None:
         """reuse: float [windows, experts], the probabilities of a use within WINDOWS tokens."""
         soon, passes = tokens_passing(reuse)
         self._heads[layer] = soon
-        if self._head_error.value <= self._rate_error.value:
+        if self.source == REUSE_HEADS:
             self.rest[layer, : len(soon)], self.passes[layer, : len(soon)] = np.maximum(1 - soon, LEAST), passes
 
 
@@ -198,5 +201,6 @@ class Worth:
         return {"listening": self.listening, "tokens": self._tokens, "tokens_without_gates": self._rested}
 
 
-def _mean_square(values: np.ndarray) -> float:
-    return float(values @ values) / len(values)
+def _squared_error(probabilities: np.ndarray, experts: Sequence[int]) -> float:
+    """Mean of (probability - whether the expert was used)², the part that all predictors share left out."""
+    return float(probabilities @ probabilities - 2 * probabilities[experts].sum()) / len(probabilities)

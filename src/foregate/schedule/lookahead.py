@@ -7,7 +7,7 @@ one whose next use is nearest is fetched when the link has room, if that is expe
 needed sooner has to go for it. docs/scheduling.md derives the rules and justifies the constants.
 """
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any
 
 import numpy as np
@@ -74,9 +74,10 @@ class LookaheadScheduler(Scheduler):
         self._may_leave(key, key not in self._needed)
         return super().arrived(key, seconds, now)
 
-    def computed(self, key: ExpertKey, now: float = 0.0) -> list[Action]:
-        self._may_leave(key, True)
-        return super().computed(key, now)
+    def computed(self, keys: Collection[ExpertKey], now: float = 0.0) -> list[Action]:
+        for key in keys:
+            self._may_leave(key, True)
+        return super().computed(keys, now)
 
     def waited(self, seconds: float) -> None:
         self._pace.waited(seconds)
@@ -147,12 +148,10 @@ class LookaheadScheduler(Scheduler):
 
     def _learn(self, layer: int, experts: list[int], tokens: int) -> None:
         """Compare what was expected of this call with what came. A call for several tokens says nothing about it."""
-        chosen = np.zeros(self.shape.experts[layer])
-        chosen[experts] = 1.0
         cells = self._ahead.pop(layer, None)
         if cells and tokens == 1:
-            self._calibration.learn(cells, chosen)
-        self._reuse.routed(layer, chosen, tokens)
+            self._calibration.learn(cells, experts)
+        self._reuse.routed(layer, experts, tokens)
 
     def _aims_of(self, prediction: Prediction) -> "_Aims":
         source = prediction.layer, prediction.token

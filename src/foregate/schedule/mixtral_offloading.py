@@ -6,6 +6,7 @@ smaller than what one token needs of it, misses wait for each other; the paper's
 """
 
 from collections import OrderedDict
+from collections.abc import Collection
 
 from foregate.schedule.base import Action, ExpertKey, Load, Prediction, Scheduler, Shape
 
@@ -93,10 +94,11 @@ class MixtralOffloadingScheduler(MixtralOffloadingCodeScheduler):
     def wants_predictions(self) -> bool:
         return True
 
-    def computed(self, key: ExpertKey, now: float = 0.0) -> list[Action]:
-        self._needed.remove(key)
-        if key in self._staged:
-            self._admit(key)
+    def computed(self, keys: Collection[ExpertKey], now: float = 0.0) -> list[Action]:
+        self._needed.difference_update(keys)
+        for key in keys:
+            if key in self._staged:
+                self._admit(key)
         return self._go_on(now)
 
     def next_prefetch(self, now: float) -> ExpertKey | None:

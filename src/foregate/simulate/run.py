@@ -93,8 +93,7 @@ class _Run:
             ready = self.await_resident(layer, waiting)
             waiting = [expert for expert in waiting if expert not in ready]
             self.compute(machine.call_seconds + machine.expert_seconds * len(ready))
-            for expert in ready:
-                self.carry_out(self.scheduler.computed((layer, expert), self.now))
+            self.carry_out(self.scheduler.computed([(layer, expert) for expert in ready], self.now))
         self.link.advance(self.now)
 
     def predict(self, prediction: Prediction | None) -> None:
