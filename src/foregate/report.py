@@ -103,7 +103,9 @@ def build_report(engine: Any, settings: dict[str, Any], tokens: dict[str, int], 
         "prefetches": asdict(engine.scheduler.prefetches),
         "policy": engine.scheduler.facts(),
         "link": {"busy_seconds": engine.link.busy_seconds, "bytes_moved": engine.link.bytes_moved},
-        "busy": _busy_shares(seconds["first_token"] + seconds["decode"], totals.stall_seconds, engine.link.busy_seconds),
+        "busy": _busy_shares(
+            seconds["first_token"] + seconds["decode"], totals.stall_seconds, engine.link.busy_seconds
+        ),
         "memory": {
             "slots": used.slots,
             "slot_bytes": used.slot_bytes,

@@ -120,7 +120,7 @@ def test_predictions_cost_time_only_where_they_are_listened_to() -> None:
     assert run(calls, make_scheduler("lru", 8, SHAPE), machine).seconds == pytest.approx(0.002)
     guessed = run(calls, make_scheduler("mixtral-offloading", 8, SHAPE), machine)
     assert guessed.compute_seconds == pytest.approx(0.1)
-    assert guessed.prefetches.started == 2
+    assert guessed.prefetches.started == 1  # the link was not idle again before the next layer
 
 
 def test_a_record_copied_back_takes_the_link_twice() -> None:

@@ -141,7 +141,8 @@ class Scheduler(ABC):
             if hurry:
                 self._loading[key] = True
                 actions.append(Hurry(key))
-            self._count_use(key, late=hurry)
+            if key in self._unused:
+                self._count_use(key, late=hurry)
             self.used(key)
         return actions + self._go_on(now)
 
@@ -303,7 +304,6 @@ class Scheduler(ABC):
         self.evicted(key)
 
     def _count_use(self, key: ExpertKey, late: bool) -> None:
-        if key in self._unused:
-            self._unused.remove(key)
-            self.prefetches.late += late
-            self.prefetches.in_time += not late
+        self._unused.remove(key)
+        self.prefetches.late += late
+        self.prefetches.in_time += not late

@@ -14,6 +14,7 @@ LONGEST = 4096.0  # tokens: every expert is expected to return within
 LEAST = 0.001  # that a use does not come is never less probable
 BINS = 8  # of probability
 PRIOR = 32.0  # predictions: how much a probability as given is worth against what was observed
+JUDGED = 4  # one layer in so many tells who is the better judge of reuse
 FREQUENCY, REUSE_HEADS = "decayed frequency", "reuse heads"
 FADE = 0.998  # of what was observed, a layer call
 LOSS = 0.5  # of a load: what a wrong prefetch costs by what it evicted
@@ -96,12 +97,11 @@ class Calibration:
         cells += first_cells
         return (self._came[cells] + PRIOR * given) / (self._given[cells] + PRIOR), cells
 
-    def learn(self, cells: Sequence[np.ndarray], chosen: Sequence[int]) -> None:
-        """cells: [experts] of each prediction for one call; chosen: the experts it came true for."""
-        given = np.array(cells)
+    def learn(self, cells: Sequence[np.ndarray], chosen: np.ndarray) -> None:
+        """cells: [experts] of each prediction for one call; chosen: int, the experts it came true for."""
         self._counts *= FADE
-        self._given += np.bincount(given.ravel(), minlength=len(self._given))
-        self._came += np.bincount(given[:, chosen].ravel(), minlength=len(self._came))
+        self._given += np.bincount(np.concatenate(cells), minlength=len(self._given))
+        self._came += np.bincount(np.concatenate([part[chosen] for part in cells]), minlength=len(self._came))
 
 
 class ReuseEstimate:
@@ -127,10 +127,10 @@ class ReuseEstimate:
         """Whose estimates are used while heads speak."""
         return REUSE_HEADS if self._head_error.value <= self._rate_error.value else FREQUENCY
 
-    def routed(self, layer: int, experts: Sequence[int], tokens: int) -> None:
-        """The layer's call used these experts."""
+    def routed(self, layer: int, experts: np.ndarray, tokens: int) -> None:
+        """experts: int, those that the layer's call used."""
         rate, head = self._rate[layer], self._heads.pop(layer, None)
-        if head is not None and tokens == 1:
+        if head is not None and tokens == 1 and layer % JUDGED == 0:
             self._head_error.add(_squared_error(head, experts))
             self._rate_error.add(_squared_error(rate, experts))
         rate *= self._decay
@@ -201,6 +201,6 @@ class Worth:
         return {"listening": self.listening, "tokens": self._tokens, "tokens_without_gates": self._rested}
 
 
-def _squared_error(probabilities: np.ndarray, experts: Sequence[int]) -> float:
+def _squared_error(probabilities: np.ndarray, experts: np.ndarray) -> float:
     """Mean of (probability - whether the expert was used)², the part that all predictors share left out."""
     return float(probabilities @ probabilities - 2 * probabilities[experts].sum()) / len(probabilities)

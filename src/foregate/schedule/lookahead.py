@@ -45,11 +45,12 @@ class LookaheadScheduler(Scheduler):
         self._pace.layer_call(now)
         if layer == 0:
             self._worth.next_token()
-        self._learn(layer, experts, tokens)
-        self._evictable[layer, experts] = False
+        chosen = np.array(experts, np.intp)
+        self._learn(layer, chosen, tokens)
+        self._evictable[layer][chosen] = False
         self._passes[layer] = self._reuse.passes[layer]
         self._candidates = [key for key in self._candidates if key[0] != layer]
-        actions = self._give_up_stale(layer, set(experts))
+        actions = self._give_up_stale(layer, experts) if self._loading else []
         in_time, late = self.prefetches.in_time, self.prefetches.late
         actions += super().routed(layer, experts, now, tokens)
         saved = (self.prefetches.in_time - in_time) + (self.prefetches.late - late) / 2
@@ -134,7 +135,7 @@ class LookaheadScheduler(Scheduler):
             found.sort(key=lambda key: -self._time[key])
         return found
 
-    def _give_up_stale(self, layer: int, chosen: set[int]) -> list[Action]:
+    def _give_up_stale(self, layer: int, chosen: list[int]) -> list[Action]:
         """Cancel prefetches for this very call that it does not use."""
         return self.cancel(
             [
@@ -146,7 +147,7 @@ class LookaheadScheduler(Scheduler):
 
     # -- estimates ------------------------------------------------------------------------------------------------
 
-    def _learn(self, layer: int, experts: list[int], tokens: int) -> None:
+    def _learn(self, layer: int, experts: np.ndarray, tokens: int) -> None:
         """Compare what was expected of this call with what came. A call for several tokens says nothing about it."""
         cells = self._ahead.pop(layer, None)
         if cells and tokens == 1:
