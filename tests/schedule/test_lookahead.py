@@ -75,7 +75,7 @@ def test_useless_predictions_lose_their_voice() -> None:
 def test_tokens_passing_is_a_sum_of_survival(values: list[float]) -> None:
     """Against the same sum, one token at a time."""
     reuse = np.maximum.accumulate(np.array(values).reshape(3, 3), axis=0)
-    soon, passing = tokens_passing(reuse)
+    rest, passing = tokens_passing(reuse)
     for expert in range(3):
         s1, s4, s16 = np.maximum(1 - reuse[:, expert], LEAST)
         fall = min((s16 / s4) ** (1 / 12), 1 - 1 / 4096)
@@ -84,7 +84,7 @@ def test_tokens_passing_is_a_sum_of_survival(values: list[float]) -> None:
         total += sum((s4 + (s16 - s4) * n / 12 + s4 + (s16 - s4) * (n + 1) / 12) / 2 for n in range(12))
         total += s16 / (1 - fall)
         assert passing[expert] == pytest.approx(total, rel=1e-6)
-        assert soon[expert] == reuse[0, expert]
+        assert rest[expert] == s1
 
 
 def test_calibration_finds_the_true_rate() -> None:

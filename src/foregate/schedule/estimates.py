@@ -116,16 +116,12 @@ class ReuseEstimate:
         self._decay = 0.5 ** (1 / HALF_LIFE)
         self._heads: dict[int, np.ndarray] = {}  # layer -> what its reuse head said of the next call
         self._head_error, self._rate_error = Average(FADE), Average(FADE)
+        self.source = REUSE_HEADS  # whose estimates are used while heads speak
         self.passes = np.full((shape.layers, max(shape.experts)), LONGEST)
         self.rest = np.ones(self.passes.shape)
         for layer, rate in enumerate(self._rate):
             self.rest[layer, : len(rate)] = np.maximum(1 - rate, LEAST)
             self.passes[layer, : len(rate)] = 1 / rate - 1
-
-    @property
-    def source(self) -> str:
-        """Whose estimates are used while heads speak."""
-        return REUSE_HEADS if self._head_error.value <= self._rate_error.value else FREQUENCY
 
     def routed(self, layer: int, experts: np.ndarray, tokens: int) -> None:
         """experts: int, those that the layer's call used."""
@@ -133,22 +129,23 @@ class ReuseEstimate:
         if head is not None and tokens == 1 and layer % JUDGED == 0:
             self._head_error.add(_squared_error(head, experts))
             self._rate_error.add(_squared_error(rate, experts))
+            self.source = REUSE_HEADS if self._head_error.value <= self._rate_error.value else FREQUENCY
         rate *= self._decay
         rate[experts] += 1 - self._decay
-        if head is None or self.source == FREQUENCY:  # otherwise the head will speak in a moment
+        if head is None or self.source is FREQUENCY:  # otherwise the head will speak in a moment
             self.rest[layer, : len(rate)] = np.maximum(1 - rate, LEAST)
             self.passes[layer, : len(rate)] = 1 / np.maximum(rate, 1 / LONGEST) - 1
 
     def predicted(self, layer: int, reuse: np.ndarray) -> None:
         """reuse: float [windows, experts], the probabilities of a use within WINDOWS tokens."""
-        soon, passes = tokens_passing(reuse)
-        self._heads[layer] = soon
-        if self.source == REUSE_HEADS:
-            self.rest[layer, : len(soon)], self.passes[layer, : len(soon)] = np.maximum(1 - soon, LEAST), passes
+        rest, passes = tokens_passing(reuse)
+        self._heads[layer] = reuse[0]
+        if self.source is REUSE_HEADS:
+            self.rest[layer, : len(rest)], self.passes[layer, : len(rest)] = rest, passes
 
 
 def tokens_passing(reuse: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(probability of a use by the next token, expected tokens that pass before one), each float [experts].
+    """(probability that the next token does not use it, expected tokens that pass before one does), float [experts] each.
 
     reuse: [windows, experts]. The sum over t >= 1 of the chance that no token up to t has come: linear between the
     windows, then falling as it did in the last.
@@ -157,7 +154,7 @@ def tokens_passing(reuse: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     np.minimum(left[1], left[0], out=left[1])
     np.minimum(left[2], left[1], out=left[2])
     fall = np.minimum((left[2] / left[1]) ** (1 / (WINDOWS[2] - WINDOWS[1])), 1 - 1 / LONGEST)
-    return reuse[0], TRAPEZOIDS @ left + left[2] / (1 - fall)
+    return left[0], TRAPEZOIDS @ left + left[2] / (1 - fall)
 
 
 class Worth:
