@@ -130,6 +130,20 @@ def test_gates_that_cost_more_than_there_is_to_save_rest_longer_and_longer() -> 
     assert BLOCK < REST
 
 
+@pytest.mark.parametrize(("alone", "listens"), [(0.001, False), (0.010, True)])
+def test_gates_of_unclear_worth_are_tried_against_none(alone: float, listens: bool) -> None:
+    """They seem to save three times what they take. Without them tokens wait 1 or 10 ms; with them 2 ms, and 1 ms for them."""
+    worth, silent = Worth(), 0
+    for _ in range(300):
+        if worth.listening:
+            worth.spent(0.001)
+            worth.saved(0.003)
+        worth.waited(0.002 if worth.listening else alone)
+        worth.next_token()
+        silent += not worth.listening
+    assert silent == BLOCK * 2 if listens else silent > 200
+
+
 def test_cost_and_memory_do_not_grow_with_tokens() -> None:
     """64 experts, horizon 4: the 10,000th token takes what the 100th took, and nothing is kept of the others."""
     import tracemalloc

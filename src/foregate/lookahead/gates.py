@@ -142,7 +142,7 @@ class LookaheadGates:
         try:
             with safe_open(path, framework="pt") as file:
                 header = GatesHeader.from_json(file.metadata()["foregate"])
-                state = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118
+                state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             header.check_matches(layers, path)
             gates = [_restored(header, source, state) for source in range(len(header.layers) + 1)]
         except (OSError, SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:

@@ -94,7 +94,7 @@ def load(
         engine.close()
         raise
     model.foregate = engine
-    del architecture
+    del architecture, gates
     return_unused_memory()  # what loading needed would otherwise stay with the process
     weakref.finalize(model, engine.close)
     return model

@@ -20,6 +20,7 @@ FADE = 0.998  # of what was observed, a layer call
 LOSS = 0.5  # of a load: what a wrong prefetch costs by what it evicted
 UNKNOWN = 0.5  # least probability of a prefetch before any load was timed
 BLOCK, REST, LONGEST_REST = 8, 16, 256  # tokens between decisions to listen, and of silence after one not to
+CLEARLY, TRIAL = 5.0, 256  # times the gates' time that needs no trial, and tokens that one holds for
 
 
 class Average:
@@ -158,16 +159,19 @@ def tokens_passing(reuse: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 class Worth:
-    """Whether gates are worth their time: judged every BLOCK tokens by what they took against what there was to save.
+    """Whether gates are worth their time, judged every BLOCK tokens.
 
-    Time to save is what prefetches saved and a quarter of what was still waited for (eviction by the gates avoids about
-    that share of misses). If it is less than the gates' own time, they rest, twice as long every time in a row.
+    What there is to save is estimated as what prefetches saved and a quarter of what was still waited for (eviction by the
+    gates avoids about that share of misses). Less than the gates' own time: they rest, twice as long every time in a row.
+    More, but not clearly: they rest for one block, and go on only if waiting without them was longer by more than they
+    take. Such a trial holds for TRIAL tokens.
     """
 
     def __init__(self) -> None:
         self.listening = True
         self._spent = self._saved = self._waited = 0.0
-        self._tokens_left, self._rest = BLOCK, REST
+        self._left, self._rest, self._untried = BLOCK, REST, 0  # tokens
+        self._trial: float | None = None  # seconds that a block with gates took for them and in waiting, to be compared
         self._tokens = self._rested = 0
 
     def spent(self, seconds: float) -> None:
@@ -182,20 +186,37 @@ class Worth:
     def next_token(self) -> None:
         self._tokens += 1
         self._rested += not self.listening
-        self._tokens_left -= 1
-        if self._tokens_left > 0:
+        self._left -= 1
+        if self._left > 0:
             return
-        if not self.listening:
-            self.listening, self._tokens_left = True, BLOCK
-        elif self._spent > self._saved + self._waited / 4:
-            self.listening, self._tokens_left = False, self._rest
-            self._rest = min(2 * self._rest, LONGEST_REST)
+        if self.listening:
+            self._judge()
+        elif self._trial is not None and self._trial > self._waited:
+            self._untried = 0
+            self._pause()
         else:
-            self._tokens_left, self._rest = BLOCK, REST
+            self.listening, self._left = True, BLOCK
+        self._trial = None if self.listening else self._trial
         self._spent = self._saved = self._waited = 0.0
 
     def facts(self) -> dict[str, Any]:
         return {"listening": self.listening, "tokens": self._tokens, "tokens_without_gates": self._rested}
+
+    def _judge(self) -> None:
+        gain = self._saved + self._waited / 4
+        self._untried -= BLOCK
+        self._left = BLOCK
+        if self._spent > gain:
+            self._pause()
+        elif self._spent * CLEARLY > gain and self._untried <= 0:
+            self.listening, self._untried = False, TRIAL
+            self._trial = self._spent + self._waited
+        else:
+            self._rest = REST
+
+    def _pause(self) -> None:
+        self.listening, self._left, self._trial = False, self._rest, None
+        self._rest = min(2 * self._rest, LONGEST_REST)
 
 
 def _squared_error(probabilities: np.ndarray, experts: np.ndarray) -> float:
