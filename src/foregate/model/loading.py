@@ -5,6 +5,7 @@ import threading
 import weakref
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -19,14 +20,14 @@ from foregate.config import EngineConfig
 from foregate.engine import Engine
 from foregate.errors import ForegateError, first_line
 from foregate.kernels import set_threads
-from foregate.lookahead.gates import LookaheadGates
-from foregate.lookahead.guess import NextRouter
-from foregate.lookahead.live import LiveGates
 from foregate.memory.budget import divide
 from foregate.memory.process import return_unused_memory
 from foregate.model.experts import streamed_experts
 from foregate.model.linear import read_matrices, with_quantized_linears
 from foregate.schedule import Route
+
+if TYPE_CHECKING:
+    from foregate.lookahead.gates import LookaheadGates
 
 MAX_THREADS = 256
 LOOKAHEAD_BOUND = "clairvoyant-horizon"  # listens to gates too, and corrects them
@@ -44,7 +45,7 @@ def load(
     kernel: str = EngineConfig.kernel,
     exact: bool = EngineConfig.exact,
     link_bandwidth: float | None = EngineConfig.link_bandwidth,
-    gates: LookaheadGates | None = None,
+    gates: "LookaheadGates | None" = None,
     future: Sequence[Route] | None = None,
 ) -> PreTrainedModel:
     """Load a store as a transformers model whose experts are read on demand.
@@ -72,6 +73,8 @@ def load(
     if policy == AUTO:
         policy = LOOKAHEAD if (opened.path / GATES_FILE).is_file() else LRU
     if gates is None and policy in (LOOKAHEAD, LOOKAHEAD_BOUND):
+        from foregate.lookahead.gates import LookaheadGates  # other policies need none of that in memory
+
         gates = LookaheadGates.load(opened.path / GATES_FILE, opened.layers)
     engine = Engine(
         opened,
@@ -86,10 +89,7 @@ def load(
     try:
         model = _build_backbone(opened, architecture)
         _connect(model, opened, engine)
-        if gates is not None:
-            engine.follow(LiveGates(gates, model, engine))
-        elif policy == MIXTRAL_OFFLOADING:
-            engine.follow(NextRouter(model, opened.layers))
+        _follow(engine, model, gates)
     except BaseException:
         engine.close()
         raise
@@ -98,6 +98,18 @@ def load(
     return_unused_memory()  # what loading needed would otherwise stay with the process
     weakref.finalize(model, engine.close)
     return model
+
+
+def _follow(engine: Engine, model: PreTrainedModel, gates: "LookaheadGates | None") -> None:
+    """Have the engine told by gates, or by the guesses of its policy, what is to come."""
+    if gates is not None:
+        from foregate.lookahead.live import LiveGates
+
+        engine.follow(LiveGates(gates, model, engine))
+    elif engine.policy == MIXTRAL_OFFLOADING:
+        from foregate.lookahead.guess import NextRouter
+
+        engine.follow(NextRouter(model, engine.store.layers))
 
 
 class _OnDemand:
