@@ -4,9 +4,6 @@ import json
 from dataclasses import asdict
 
 import typer
-from rich.box import SIMPLE_HEAD
-from rich.console import Console
-from rich.table import Table
 
 from foregate.cli import bench_live
 from foregate.cli.generate import THREADS_HELP
@@ -31,6 +28,10 @@ def kernels(
     as_json: bool = typer.Option(False, "--json", help="Print JSON instead of a table."),
 ) -> None:
     """Time products and whole experts from quantized records, in milliseconds, beside PyTorch and a plain read of memory."""
+    from rich.box import SIMPLE_HEAD
+    from rich.console import Console
+    from rich.table import Table
+
     from foregate.kernels import cpu, set_threads
     from foregate.kernels.bench import SHAPES, bench_kernels
 

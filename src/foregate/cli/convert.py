@@ -5,7 +5,6 @@ from pathlib import Path
 
 import typer
 
-from foregate.cli.progress import byte_progress
 from foregate.config import ConvertConfig
 
 NAME = "convert"
@@ -33,6 +32,7 @@ def run(
     """
     from foregate import convert
     from foregate.checkpoint.store import Store
+    from foregate.cli.progress import byte_progress
 
     start = time.perf_counter()
     with byte_progress("converting") as progress:

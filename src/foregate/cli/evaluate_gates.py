@@ -6,14 +6,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import typer
-from rich.box import SIMPLE_HEAD
-from rich.console import Console
-from rich.table import Table
 
 from foregate.cli.generate import MEMORY_HELP, THREADS_HELP
 from foregate.config import EngineConfig, EvaluateGatesConfig, TraceConfig
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from foregate.lookahead.evaluation import GateEvaluation
     from foregate.lookahead.scores import Score
 
@@ -88,6 +87,8 @@ def run(
 
 
 def _print(result: GateEvaluation, layers: bool) -> None:
+    from rich.console import Console
+
     console = Console()
     experts, k = _one_or_range(result.num_experts), _one_or_range(result.top_k)
     print(
@@ -137,6 +138,9 @@ def _details_table(title: str, rows: list[tuple[str, dict[str, Score]]], method:
 
 
 def _table(title: str, columns: list[str]) -> Table:
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
     table = Table(title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0), title_justify="left", caption_justify="left")
     table.add_column("", no_wrap=True)
     for column in columns:

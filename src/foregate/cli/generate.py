@@ -54,7 +54,6 @@ def generate_and_report(
     """Load, stream the text to stdout, print the summary to stderr and write the report if asked."""
     from foregate import load
     from foregate.checkpoint.store import Store
-    from foregate.cli.summary import print_summary
     from foregate.model.generate import generate, load_tokenizer
     from foregate.report import build_report, check_report_path, write_report
 
@@ -75,6 +74,8 @@ def generate_and_report(
     )
     if report_path is not None:
         write_report(report, report_path)
+    from foregate.cli.summary import print_summary  # now: rich would count in the peak that the report names
+
     print_summary(report)
 
 

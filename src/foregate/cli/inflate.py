@@ -5,8 +5,6 @@ from pathlib import Path
 
 import typer
 
-from foregate.cli.progress import byte_progress
-
 NAME = "inflate"
 
 
@@ -21,6 +19,7 @@ def run(
     For benchmarks: routing and text of the trained model at the bytes and operations of a large one.
     """
     from foregate.checkpoint.inflate import inflate
+    from foregate.cli.progress import byte_progress
 
     start = time.perf_counter()
     with byte_progress("inflating") as progress:

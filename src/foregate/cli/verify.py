@@ -4,14 +4,13 @@ from pathlib import Path
 
 import typer
 
-from foregate.cli.progress import byte_progress
-
 NAME = "verify"
 
 
 def run(store: Path = typer.Argument(..., metavar="STORE", help="Folder of a converted model.")) -> None:
     """Check every record of a store against its checksum."""
     from foregate import verify
+    from foregate.cli.progress import byte_progress
 
     with byte_progress("verifying") as progress:
         count = verify(store, progress)
