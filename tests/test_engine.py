@@ -190,6 +190,27 @@ def test_after_a_disk_that_hangs_the_model_goes_on(store: Folder, monkeypatch: p
     model.foregate.close()
 
 
+def test_predictions_wait_for_a_lost_link_to_be_opened_again(demo_store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The sampled token's prediction comes before any layer runs: it must not go to the link that was given up."""
+    model = foregate.load(demo_store, memory="25%", policy="lookahead", threads=1)
+    token, real, answer = torch.tensor([[77]]), os.preadv, threading.Event()
+    expected = logits(model, token)
+
+    def hang(fd: int, buffers: list[memoryview], offset: int) -> int:
+        answer.wait(30)
+        return real(fd, buffers, offset)
+
+    monkeypatch.setattr(engine_module, "WAIT_SECONDS", 0.2)
+    monkeypatch.setattr(disk.os, "preadv", hang)
+    with pytest.raises(ForegateError, match="no answer from the disk"):
+        logits(model, IDS)
+    monkeypatch.setattr(disk.os, "preadv", real)
+    monkeypatch.setattr(engine_module, "WAIT_SECONDS", 60.0)
+    answer.set()
+    assert torch.equal(logits(model, token), expected)
+    model.foregate.close()
+
+
 def test_a_closed_model_says_so(store: Folder) -> None:
     model = foregate.load(store("mixtral"), memory="50%")
     model.foregate.close()

@@ -98,6 +98,8 @@ class Engine:
     def expect(self, prediction: Prediction) -> None:
         """Pass on a prediction that came from elsewhere than a layer's router, such as a sampled token's embedding."""
         with self._state:
+            if self._failure is not None:  # the next layer will say so, or open the link again
+                return
             self._note(prediction)
             self._carry_out(self.scheduler.predicted(prediction, time.perf_counter()))
 

@@ -157,6 +157,7 @@ class Scheduler(ABC):
             self._dropping.remove(key)
             if key in self._queue:
                 self._queue.remove(key)
+                self._count_use(key, late=True)
                 self.used(key)
         return self._go_on(now)
 
