@@ -12,15 +12,18 @@ happens and carries out what it answers; the simulator does the same under a vir
 
 Each answers with actions in the order to carry them out. Rules that hold at all times (`check_integrity`): a record
 is in at most one slot and a slot holds at most one record; a record that the layer at work still needs is never
-evicted; every routed expert is served in the end, whatever the number of slots (one is enough); no prefetch starts
-while a demand load waits for a slot.
+evicted; every routed expert is served in the end, and once, whatever the number of slots (one is enough): from a slot,
+or by the host where a `Placement` decides so; no prefetch starts while a demand load waits for a slot.
 """
 
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from foregate.schedule.placement import Placement
 
 ExpertKey = tuple[int, int]  # (MoE layer, expert)
 
@@ -52,7 +55,17 @@ class Cancel:
     key: ExpertKey
 
 
-Action = Load | Hurry | Cancel
+@dataclass(frozen=True)
+class Compute:
+    """Compute the expert `key` of the layer just routed on the host, from host memory.
+
+    It needs no slot and is not answered. A prefetch of it that is under way goes on, for later.
+    """
+
+    key: ExpertKey
+
+
+Action = Load | Hurry | Cancel | Compute
 
 
 @dataclass(frozen=True)
@@ -119,7 +132,9 @@ class Scheduler(ABC):
         self._needed: set[ExpertKey] = set()  # routed and not yet computed: never evicted
         self._queue: deque[ExpertKey] = deque()  # routed, waiting for a slot
         self._unused: set[ExpertKey] = set()  # fetched ahead and not routed since
+        self._prefetch_began = 0.0  # the latest
         self.prefetches = Prefetches()
+        self.placement: Placement | None = None  # None: every expert is computed on the device
 
     # -- events ---------------------------------------------------------------------------------------------------
 
@@ -131,8 +146,11 @@ class Scheduler(ABC):
         if self._needed:
             raise RuntimeError(f"{len(self._needed)} experts of an earlier layer were not computed")
         keys = [(layer, expert) for expert in experts]
+        on_host = self._place(keys, tokens, now)
+        if on_host:
+            keys = [key for key in keys if key not in on_host]
         self._needed.update(keys)
-        actions: list[Action] = []
+        actions: list[Action] = [Compute(key) for key in on_host]
         for key in keys:
             if key not in self._slot_of or key in self._dropping:
                 self._queue.append(key)
@@ -152,6 +170,8 @@ class Scheduler(ABC):
 
     def arrived(self, key: ExpertKey, seconds: float = 0.0, now: float = 0.0) -> list[Action]:
         """The load of `key` has finished; the link worked `seconds` on it."""
+        if self.placement is not None:
+            self.placement.loaded(seconds)
         del self._loading[key]
         if key in self._dropping:  # the cancellation came too late
             self._dropping.remove(key)
@@ -177,6 +197,13 @@ class Scheduler(ABC):
         """Compute stood still for a load."""
 
     # -- questions ------------------------------------------------------------------------------------------------
+
+    def is_complete(self, layer: int) -> bool:
+        """Whether all experts of a layer are resident and nothing is in flight that could change that."""
+        if self._loading:
+            return False
+        everything = len(self._slot_of) == sum(self.shape.experts)
+        return everything or all((layer, expert) in self._slot_of for expert in range(self.shape.experts[layer]))
 
     def is_resident(self, key: ExpertKey) -> bool:
         """Whether the record lies complete in a slot."""
@@ -236,6 +263,10 @@ class Scheduler(ABC):
     def evicted(self, key: ExpertKey) -> None:  # noqa: B027 - a policy may ignore it
         """`key` has lost its slot."""
 
+    def worth_loading(self, keys: list[ExpertKey]) -> list[ExpertKey]:
+        """Misses of one layer, those first that are best in a slot afterwards: where they are placed depends on it."""
+        return keys
+
     def evictable(self, key: ExpertKey) -> bool:
         """Whether a resident record may be evicted: the layer at work does not need it."""
         return key not in self._needed and key not in self._loading
@@ -253,8 +284,19 @@ class Scheduler(ABC):
             return actions
         self._slot_of[key], self._loading[key] = slot, False
         self._unused.add(key)
+        self._prefetch_began = now
         self.prefetches.started += 1
         return [*actions, Load(key, slot, demand=False)]
+
+    def _place(self, keys: list[ExpertKey], tokens: int, now: float) -> list[ExpertKey]:
+        """Those of the routed experts that the host is to compute."""
+        if self.placement is None or not (missed := [key for key in keys if not self.is_resident(key)]):
+            return []
+        load = self.placement.load_seconds
+        left = {key: load for key in self.worth_loading(missed)}
+        for key in left.keys() & (self._loading.keys() - self._dropping):
+            left[key] = max(load - (now - self._prefetch_began), 0.0)
+        return self.placement.split(left, tokens * self.shape.top_k[keys[0][0]] / len(keys))
 
     def _serve_queue(self) -> list[Action]:
         actions: list[Action] = []

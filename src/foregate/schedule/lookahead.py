@@ -124,6 +124,10 @@ class LookaheadScheduler(Scheduler):
     def evicted(self, key: ExpertKey) -> None:
         self._may_leave(key, False)
 
+    def worth_loading(self, keys: list[ExpertKey]) -> list[ExpertKey]:
+        self._refresh()
+        return sorted(keys, key=lambda key: self._time[key])
+
     def _worth_fetching(self, aims: "_Aims", likely: np.ndarray) -> list[ExpertKey]:
         """What a gate expects, is absent and worth a load; the one whose next use is nearest comes last."""
         distances = self._distance[self._layer]
