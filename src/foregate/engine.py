@@ -13,6 +13,7 @@ from foregate.checkpoint.store import ExpertKey, Store
 from foregate.errors import ForegateError
 from foregate.kernels import Kernel, Work, choose_kernel
 from foregate.memory.budget import Budget
+from foregate.memory.disk import DiskToHost
 from foregate.memory.link import Finished, Link
 from foregate.memory.slots import SlotMemory
 from foregate.report import Recorder
@@ -78,7 +79,7 @@ class Engine:
     @property
     def direct_reads(self) -> bool:
         """Whether records are read past the page cache."""
-        return self._link.direct
+        return self._link.path == "direct"
 
     @property
     def link(self) -> Link:
@@ -240,8 +241,9 @@ class Engine:
         self._in_flight = 0  # loads whose end was not heard of yet
         memory = self._memory = SlotMemory(self.scheduler.slots, self.budget.slot_bytes)
         return Link(
-            self.store,
-            memory,
+            DiskToHost(self.store, memory),
+            slots=memory.slots,
+            record_bytes=lambda key: self.store.location(key)[1],
             readers=self._readers,
             finished=lambda finished: self._ended(finished, memory),
             bandwidth=self._link_bandwidth,

@@ -16,6 +16,7 @@ from links import Gate, Listener, open_descriptors, records_of
 from foregate.checkpoint.store import ExpertKey, Store
 from foregate.errors import ForegateError
 from foregate.memory import disk
+from foregate.memory.disk import DiskToHost
 from foregate.memory.link import Link
 from foregate.memory.slots import SlotMemory
 from foregate.schedule import Load
@@ -39,9 +40,12 @@ def make_link(opened: Store, memory: SlotMemory) -> Iterator[MakeLink]:
     """make_link(**options): a link with two readers and small chunks, and who listens to it; closed after the test."""
     links = []
 
-    def make(store: Store = opened, listener: Listener | None = None, **options: object) -> tuple[Link, Listener]:
-        listener = listener or Listener()
-        links.append(Link(store, memory, finished=listener, **({"readers": 2, "chunk_bytes": SMALL} | options)))
+    def make(
+        store: Store = opened, listener: Listener | None = None, chunk_bytes: int = SMALL, **options: object
+    ) -> tuple[Link, Listener]:
+        listener, carrier = listener or Listener(), DiskToHost(store, memory, chunk_bytes)
+        known = {"slots": memory.slots, "record_bytes": lambda key: store.location(key)[1], "readers": 2}
+        links.append(Link(carrier, finished=listener, **(known | options)))
         return links[-1], listener
 
     yield make
@@ -100,9 +104,13 @@ def test_the_busy_time_leaves_out_the_idle_time(make_link: MakeLink) -> None:
 
 
 def test_what_no_link_can_do(opened: Store, memory: SlotMemory, make_link: MakeLink, gate: Gate) -> None:
-    for options in ({"readers": 0}, {"chunk_bytes": 1000}, {"chunk_bytes": 0}, {"bandwidth": 0.0}):
+    gate.let_through(3)  # reads that try out direct reads
+    for options in ({"readers": 0}, {"bandwidth": 0.0}, {"latency": -1.0}):
         with pytest.raises(ValueError, match="no link"):
             make_link(**options)
+    for chunk_bytes in (0, 1000):
+        with pytest.raises(ValueError, match="direct reads"):
+            make_link(chunk_bytes=chunk_bytes)
     link, _ = make_link()
     link.submit(Load((0, 0), 0))
     for load in (Load((0, 0), 1), Load((0, 1), 0), Load((0, 1), memory.slots), Load((0, 1), -1)):

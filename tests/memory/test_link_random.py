@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from links import Listener, records_of
 
 from foregate.checkpoint.store import ExpertKey, Store
+from foregate.memory.disk import DiskToHost
 from foregate.memory.link import Finished, Link
 from foregate.memory.slots import SlotMemory
 from foregate.schedule import Load
@@ -41,7 +42,12 @@ class World:
         self.listener = Listener(self.judge)
         self.handled = 0
         self.link = Link(
-            store, self.memory, readers=readers, finished=self.listener, bandwidth=bandwidth, chunk_bytes=8192
+            DiskToHost(store, self.memory, chunk_bytes=8192),
+            slots=SLOTS,
+            record_bytes=lambda key: store.location(key)[1],
+            readers=readers,
+            finished=self.listener,
+            bandwidth=bandwidth,
         )
 
     def submit(self, key: ExpertKey, demand: bool, back: ExpertKey | None) -> None:

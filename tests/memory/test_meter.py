@@ -10,7 +10,7 @@ BANDWIDTH = 4096 * 10  # a chunk takes 0.1 s
 
 
 def chunk(submitted_at: float = 0.0) -> Chunk:
-    return Chunk(Transfer(Load((0, 0), 0), submitted_at), (0, 0), 0, 4096)
+    return Chunk(Transfer(Load((0, 0), 0), submitted_at), (0, 0), 0, 4096, share=0.25)
 
 
 def test_chunks_in_progress_at_once_share_the_time() -> None:

@@ -10,6 +10,7 @@ from foregate.errors import ForegateError
 from foregate.memory.slots import SlotMemory
 
 RETRY_PAUSES = (0.01, 0.05, 0.25)  # seconds before each further attempt at a read that failed
+CHUNK_BYTES = 1 << 20  # reads of this size run at the disk's full speed; a demand load waits 1 ms for one
 REFUSALS = (errno.EINVAL, errno.EOPNOTSUPP)  # how file systems say that they have no direct reads
 
 
@@ -89,6 +90,33 @@ class ExpertsFile:
         return ForegateError(
             f"{self._store.experts_path}: record {name} cannot be read ({_reason(error)}); run foregate verify"
         )
+
+
+class DiskToHost:
+    """The carrier that reads records from the experts file of `store` into the slots of `memory`.
+
+    Raises ForegateError if the file cannot be opened. See `Carrier`.
+    """
+
+    def __init__(self, store: Store, memory: SlotMemory, chunk_bytes: int = CHUNK_BYTES) -> None:
+        if chunk_bytes < 1 or chunk_bytes % ALIGNMENT:
+            raise ValueError(f"direct reads of {chunk_bytes} bytes are impossible")
+        self.chunk_bytes = chunk_bytes
+        self._file, self._memory = ExpertsFile(store), memory
+        self._record_bytes = lambda key: store.location(key)[1]
+
+    @property
+    def path(self) -> str:
+        return "direct" if self._file.direct else "buffered"
+
+    def carry(self, key: ExpertKey, slot: int, start: int, nbytes: int) -> None:
+        self._file.read(key, start, self._memory.buffer(slot, start + nbytes)[start:])
+
+    def check(self, key: ExpertKey, slot: int) -> None:
+        self._file.check(key, self._memory.buffer(slot, self._record_bytes(key)))
+
+    def close(self) -> None:
+        self._file.close()
 
 
 def _reason(error: Exception) -> str:

@@ -1,4 +1,4 @@
-"""The link between disk and slots: reader threads that move the most urgent loads, a chunk at a time."""
+"""The link that fills slots: threads that have a carrier move the most urgent loads, a chunk at a time."""
 
 import threading
 import time
@@ -7,15 +7,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
-from foregate.checkpoint.store import ALIGNMENT, ExpertKey, Store
+from foregate.checkpoint.store import ALIGNMENT, ExpertKey
 from foregate.errors import ForegateError
-from foregate.memory.disk import ExpertsFile
+from foregate.memory.carrier import Carrier
 from foregate.memory.meter import Meter, Pacer
-from foregate.memory.slots import SlotMemory
 from foregate.memory.transfers import Chunk, Transfer, TransferQueue
 from foregate.schedule import Load
 
-CHUNK_BYTES = 1 << 20  # direct reads of this size run at the disk's full speed; a demand load waits 1 ms for one
 PACED_CHUNK_SECONDS = 0.01  # of link time at most, so that a slow link too is paced evenly and soon free for demand
 
 
@@ -35,42 +33,41 @@ class Link:
 
     From `submit(load)` until `finished` is called with its key the slot belongs to the link. A load has its own slot,
     so loads in flight are bounded by the slots. Readers take chunks, not records: several share one record, a demand
-    load waits for at most one chunk a reader, and the prefetch it overtakes goes on where it was. The GIL is free while
-    a read waits.
+    load waits for at most one chunk a reader, and the prefetch it overtakes goes on where it was.
 
     `finished` is called once for every load, by a reader thread, one call at a time, in the order in which loads end.
     No lock is held: it may call `submit`, `hurry` and `cancel`, but not wait for another load. If it raises, the error
     goes to `threading.excepthook`, the other loads go on, and `submit` raises RuntimeError from then on: whoever lost
     count of the loads cannot be trusted with more.
 
-    A record that cannot be read ends with an error that names it, and so does one that the file no longer holds as the
-    conversion wrote it. Other loads go on.
+    A record that the carrier cannot bring, or finds damaged, ends with the carrier's error. Other loads go on. The
+    carrier belongs to the link, which closes it.
 
-    `bandwidth` (bytes/s) makes the link as slow as that: chunks are complete in the order in which they were claimed,
-    evenly spaced, and idle time saves up no credit. `chunk_bytes` is a multiple of 4096.
+    `bandwidth` (bytes/s) makes the link as slow as that, and `latency` (seconds) is added to every record: chunks are
+    complete in the order in which they were claimed, evenly spaced, and idle time saves up no credit.
     """
 
     def __init__(
         self,
-        store: Store,
-        memory: SlotMemory,
+        carrier: Carrier,
         *,
+        slots: int,
+        record_bytes: Callable[[ExpertKey], int],
         readers: int,
         finished: Callable[[Finished], None],
         bandwidth: float | None = None,
-        chunk_bytes: int = CHUNK_BYTES,
+        latency: float = 0.0,
     ) -> None:
-        if readers < 1 or chunk_bytes < 1 or chunk_bytes % ALIGNMENT or (bandwidth is not None and not bandwidth > 0):
-            raise ValueError(f"no link has readers={readers}, bandwidth={bandwidth}, chunk_bytes={chunk_bytes}")
+        if readers < 1 or latency < 0 or (bandwidth is not None and not bandwidth > 0):
+            raise ValueError(f"no link has readers={readers}, bandwidth={bandwidth}, latency={latency}")
+        chunk_bytes = carrier.chunk_bytes
         if bandwidth is not None:
             paced = int(min(bandwidth * PACED_CHUNK_SECONDS, chunk_bytes))
             chunk_bytes = max(paced // ALIGNMENT, 1) * ALIGNMENT
-        self._memory, self._finished, self._paced = memory, finished, bandwidth is not None
-        self._file = ExpertsFile(store)
-        self._record_bytes = lambda key: store.location(key)[1]
+        self._carrier, self._slot_count, self._finished = carrier, slots, finished
         self._changed = threading.Condition()  # guards everything below
-        self._queue = TransferQueue(self._record_bytes, chunk_bytes)
-        self._meter, self._pacer = Meter(), Pacer(bandwidth)
+        self._queue = TransferQueue(record_bytes, chunk_bytes)
+        self._meter, self._pacer = Meter(), Pacer(bandwidth, latency)
         self._slots: set[int] = set()  # of loads in flight
         self._ended: deque[Transfer] = deque()  # not yet told to `finished`
         self._telling = False  # a thread is in `finished`
@@ -82,9 +79,9 @@ class Link:
             thread.start()
 
     @property
-    def direct(self) -> bool:
-        """Whether reads bypass the page cache. Where the file system refuses that, the pages are dropped again."""
-        return self._file.direct
+    def path(self) -> str:
+        """The way the bytes take, as the carrier calls it."""
+        return self._carrier.path
 
     @property
     def in_flight(self) -> int:
@@ -110,7 +107,7 @@ class Link:
                 raise ForegateError("this model was closed: load it again")
             if self._callback_error is not None:
                 raise RuntimeError("the end of a load could not be handled") from self._callback_error
-            if not 0 <= load.slot < self._memory.slots or load.slot in self._slots or load.key in self._queue:
+            if not 0 <= load.slot < self._slot_count or load.slot in self._slots or load.key in self._queue:
                 raise ValueError(f"{load}: there is no such slot, or it or the record is in flight already")
             self._slots.add(load.slot)  # first: interrupted in between, the slot must not seem free
             self._queue.add(load, time.perf_counter())
@@ -132,7 +129,7 @@ class Link:
                 self._changed.notify_all()
 
     def close(self) -> None:
-        """Finish what is in flight, end the threads, close the file. May be called twice."""
+        """Finish what is in flight, end the threads, close the carrier. May be called twice."""
         with self._changed:
             self._closing = True
             self._changed.notify_all()
@@ -141,10 +138,10 @@ class Link:
                 thread.join()
 
     def close_later(self) -> None:
-        """Give up on a disk that hangs: the threads end, and the file closes, when it answers.
+        """Give up on a carrier that hangs: the threads end, and it is closed, when it answers.
 
         Loads in flight are forgotten: no call of `finished` begins after this, but one may be about to. Their slots
-        must not be used again, for reads may still land there.
+        must not be used again, for bytes may still land there.
         """
         with self._changed:
             self._closing = self._abandoned = True
@@ -160,7 +157,7 @@ class Link:
             self._threads_left -= 1
             last = not self._threads_left
         if last:
-            self._file.close()
+            self._carrier.close()
 
     def _next_task(self) -> Callable[[], None] | None:
         """What a thread is to do next, or None when it is to end."""
@@ -179,16 +176,15 @@ class Link:
             return None
 
     def _move(self, chunk: Chunk, due: float) -> None:
-        slot = self._memory.buffer(chunk.transfer.load.slot, self._record_bytes(chunk.key))
         error = None
         try:
-            self._file.read(chunk.key, chunk.start, slot[chunk.start : chunk.start + chunk.nbytes])
+            self._carrier.carry(chunk.key, chunk.transfer.load.slot, chunk.start, chunk.nbytes)
         except ForegateError as failure:
             error = failure
         if (early := due - time.perf_counter()) > 0:
             time.sleep(early)
         with self._changed:
-            if self._paced:
+            if self._pacer.paced:
                 self._changed.wait_for(lambda: self._meter.running[0] is chunk)
             self._meter.stop(chunk, time.perf_counter(), 0 if error else chunk.nbytes)
             if ended := self._queue.complete(chunk, error):
@@ -217,7 +213,7 @@ class Link:
     def _damage(self, load: Load) -> ForegateError | None:
         """What is wrong with the record that has come into the slot."""
         try:
-            self._file.check(load.key, self._memory.buffer(load.slot, self._record_bytes(load.key)))
+            self._carrier.check(load.key, load.slot)
         except ForegateError as failure:
             return failure
         return None

@@ -40,19 +40,21 @@ class Meter:
 
 
 class Pacer:
-    """The times at which one serial link of `bandwidth` bytes/s would complete chunks, spaced evenly.
+    """The times at which one serial link would complete chunks, spaced evenly.
 
-    Idle time saves up no credit: a chunk starts at the earliest when it was asked for. A thread that comes late for a
-    chunk that waited is forgiven, for a real link would not have paused; but only briefly, so that a slow disk saves up
-    no credit either.
+    The link moves `bandwidth` bytes/s, unlimited when None, and each record takes `latency` seconds more, of which every
+    chunk has its share. Idle time saves up no credit: a chunk starts at the earliest when it was asked for. A thread
+    that comes late for a chunk that waited is forgiven, for a real link would not have paused; but only briefly, so
+    that a slow carrier saves up no credit either.
     """
 
-    def __init__(self, bandwidth: float | None) -> None:
-        self._bandwidth = bandwidth or math.inf
+    def __init__(self, bandwidth: float | None, latency: float = 0.0) -> None:
+        self.paced = bandwidth is not None or latency > 0
+        self._bandwidth, self._latency = bandwidth or math.inf, latency
         self._free_at = 0.0
 
     def due(self, chunk: Chunk, now: float) -> float:
         """When `chunk`, which takes its turn on the link now, is through. Not later than now on an unlimited link."""
         start = max(self._free_at, chunk.transfer.submitted_at, now - FORGIVEN_SECONDS)
-        self._free_at = start + chunk.nbytes / self._bandwidth
+        self._free_at = start + chunk.nbytes / self._bandwidth + self._latency * chunk.share
         return self._free_at

@@ -22,6 +22,7 @@ class Chunk:
     key: ExpertKey  # the record they belong to: the load's own, or its `back`
     start: int  # bytes from the start of the record
     nbytes: int
+    share: float  # of the record's bytes
 
 
 @dataclass(eq=False)
@@ -112,7 +113,8 @@ class TransferQueue:
 
     def _cut(self, transfer: Transfer, key: ExpertKey) -> list[Chunk]:
         nbytes, step = self._record_bytes(key), self._chunk_bytes
-        return [Chunk(transfer, key, start, min(step, nbytes - start)) for start in range(0, nbytes, step)]
+        sizes = [(start, min(step, nbytes - start)) for start in range(0, nbytes, step)]
+        return [Chunk(transfer, key, start, size, size / nbytes) for start, size in sizes]
 
     def _stop(self, transfer: Transfer) -> None:
         transfer.waiting.clear()
