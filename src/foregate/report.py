@@ -27,7 +27,9 @@ class LayerCounts:
     stall_seconds: float = 0.0  # compute stood still for a load
     kernel_calls: int = 0
     experts_computed: int = 0
-    kernel_seconds: float = 0.0
+    kernel_seconds: float = 0.0  # on a card: of launching
+    experts_on_host: int = 0  # computed there, and not by a kernel of the device
+    host_seconds: float = 0.0
 
 
 @dataclass
@@ -59,6 +61,10 @@ class Recorder:
         counts.kernel_calls += 1
         counts.experts_computed += experts
         counts.kernel_seconds += seconds
+
+    def computed_on_host(self, layer: int, experts: int, seconds: float) -> None:
+        self.layers[layer].experts_on_host += experts
+        self.layers[layer].host_seconds += seconds
 
     def totals(self) -> LayerCounts:
         """All layers together."""
@@ -98,10 +104,11 @@ def build_report(engine: Any, settings: dict[str, Any], tokens: dict[str, int], 
             **asdict(totals),
             "hit_rate": totals.hits / routed if routed else None,
             "read_path": "direct" if engine.direct_reads else "buffered",
-            "kernel": f"{engine.kernel.name} ({engine.kernel_note})",
+            "kernel": engine.kernel_summary,
         },
         "prefetches": asdict(engine.scheduler.prefetches),
         "policy": engine.scheduler.facts(),
+        "device": engine.device_facts,
         "link": {"busy_seconds": engine.link.busy_seconds, "bytes_moved": engine.link.bytes_moved},
         "busy": _busy_shares(
             seconds["first_token"] + seconds["decode"], totals.stall_seconds, engine.link.busy_seconds
