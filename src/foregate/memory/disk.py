@@ -50,16 +50,20 @@ class ExpertsFile:
         Once the file has changed since the store was opened, every record is compared with its SHA-256. Raises
         ForegateError if they differ.
         """
-        try:
-            self._changed = self._changed or file_version(os.fstat(self._fd)) != self._store.experts_version
-        except OSError as error:
-            raise self._unreadable(key, error) from error
         layer, expert = key
-        if self._changed and hashlib.sha256(record).hexdigest() != self._store.manifest.checksums[layer][expert]:
+        if self.changed(key) and hashlib.sha256(record).hexdigest() != self._store.manifest.checksums[layer][expert]:
             raise ForegateError(
                 f"{self._store.experts_path}: record {self._store.record_name(key)} is damaged: the file was changed "
                 f"while it was in use; run foregate verify"
             )
+
+    def changed(self, key: ExpertKey) -> bool:
+        """Whether anybody has touched the file since the store was opened. Raises ForegateError, which names `key`."""
+        try:
+            self._changed = self._changed or file_version(os.fstat(self._fd)) != self._store.experts_version
+        except OSError as error:
+            raise self._unreadable(key, error) from error
+        return self._changed
 
     def close(self) -> None:
         """Close the file; nothing may be reading."""
