@@ -143,9 +143,15 @@ class DeviceEngine(Engine):
 
     @property
     def device_facts(self) -> dict[str, Any]:
-        host = {"path": self._link.path, "records_in_host_memory": self._records.slots}
-        placement = None if self._placement is None else self._placement.facts()
-        return {"name": self.device.name, **host, "placement": placement}
+        bits = self.store.manifest.backbone_bits
+        matrices = f", {bits}-bit matrices dequantized" if self.store.matrices else ""
+        return {
+            "name": self.device.name,
+            "path": self._link.path,
+            "backbone": str(self.dtype).removeprefix("torch.") + matrices,
+            "records_in_host_memory": self._records.slots,
+            "placement": None if self._placement is None else self._placement.facts(),
+        }
 
     def close(self) -> None:
         with self._turn:

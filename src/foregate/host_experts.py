@@ -45,11 +45,13 @@ class HostExperts:
 
     def reserve(self, key: ExpertKey) -> bool:
         """Keep a record for the layer to come; False when host memory does not have it."""
-        record = self._holding.enter_context(self._records.hold(key))
-        if record is None:
-            return False
-        self._held[key[1]] = record
-        return True
+        with ExitStack() as stack:
+            record = stack.enter_context(self._records.hold(key))
+            if record is None:
+                return False
+            self._held[key[1]] = record
+            self._holding.enter_context(stack.pop_all())
+            return True
 
     def start(self, layer: int, hidden: torch.Tensor, places: Mapping[int, torch.Tensor], top_k: int) -> None:
         """Begin with the reserved experts of `layer`.

@@ -104,7 +104,7 @@ def build_report(engine: Any, settings: dict[str, Any], tokens: dict[str, int], 
         "experts": {
             **asdict(totals),
             "hit_rate": totals.hits / routed if routed else None,
-            "read_path": "direct" if engine.direct_reads else "buffered",
+            "read_path": engine.link.path,
             "kernel": engine.kernel_summary,
         },
         "prefetches": asdict(engine.scheduler.prefetches),
