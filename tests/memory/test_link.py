@@ -433,6 +433,16 @@ def test_a_paced_link_is_even_and_saves_up_no_credit(opened: Store, make_link: M
         time.sleep(0.2)
 
 
+def test_a_record_takes_the_latency_longer(make_link: MakeLink) -> None:
+    link, listener = make_link(latency=0.02)  # of a link that is otherwise as fast as it can be
+    start = time.perf_counter()
+    for expert in range(5):
+        link.submit(Load((0, expert), expert))
+    listener.wait(5)
+    assert time.perf_counter() - start >= 5 * 0.02
+    assert link.busy_seconds >= 5 * 0.02
+
+
 def test_a_paced_link_is_serial_even_when_a_read_is_slow(
     opened: Store, make_link: MakeLink, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -3,8 +3,9 @@
 import pytest
 
 from foregate.memory.meter import FORGIVEN_SECONDS, Meter, Pacer
-from foregate.memory.transfers import Chunk, Transfer
+from foregate.memory.transfers import Chunk, Transfer, TransferQueue
 from foregate.schedule import Load
+from foregate.simulate.machine import Machine
 
 BANDWIDTH = 4096 * 10  # a chunk takes 0.1 s
 
@@ -45,6 +46,17 @@ def test_a_slow_disk_saves_up_no_credit_either() -> None:
     pacer.due(chunk(), 0.0)
     dues = [pacer.due(chunk(), 2.1) for _ in range(3)]  # the first took 2 s longer than the link would
     assert dues == pytest.approx([2.2 - FORGIVEN_SECONDS, 2.3 - FORGIVEN_SECONDS, 2.4 - FORGIVEN_SECONDS])
+
+
+def test_a_load_takes_as_long_as_on_the_simulated_machine() -> None:
+    machine = Machine(record_bytes=22528, link_bandwidth=25e9, link_latency=0.07, chunk_bytes=4096)
+    queue, pacer, dues = TransferQueue(lambda key: machine.record_bytes, 4096), Pacer(25e9, 0.07), []
+    queue.add(Load((0, 0), 0, back=(0, 1)), 0.0)  # two records
+    while piece := queue.claim():
+        dues.append(pacer.due(piece, 0.0))
+        queue.complete(piece, None)
+    assert dues[0] == pytest.approx(machine.chunk_seconds)
+    assert dues[-1] == pytest.approx(2 * machine.load_seconds)
 
 
 def test_without_a_bandwidth_nothing_waits() -> None:

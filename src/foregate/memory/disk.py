@@ -66,8 +66,10 @@ class ExpertsFile:
         return self._changed
 
     def close(self) -> None:
-        """Close the file; nothing may be reading."""
-        os.close(self._fd)
+        """Close the file. What still reads then fails. May be called twice."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
 
     def _fill(self, buffer: memoryview, offset: int) -> None:
         done, pauses = 0, iter(RETRY_PAUSES)

@@ -107,7 +107,7 @@ class HostRecords:
             return True
 
     def close(self) -> None:
-        """Unpin the memory and close the file; nothing may be under way."""
+        """Unpin the memory and close the file; no copy may be under way. May be called twice."""
         for buffer in self._buffers:
             self._device.release(buffer)
         self._buffers.clear()

@@ -11,7 +11,7 @@ class SlotMemory:
     def __init__(self, slots: int, slot_bytes: int) -> None:
         self.slots, self.slot_bytes = slots, slot_bytes
         self._view = allocate(slots * slot_bytes)
-        self._tensor = torch.frombuffer(self._view, dtype=torch.uint8).view(slots, slot_bytes)
+        self.tensor = torch.frombuffer(self._view, dtype=torch.uint8).view(slots, slot_bytes)
 
     def buffer(self, slot: int, nbytes: int) -> memoryview:
         """The first `nbytes` of a slot, writable, for reads."""
@@ -20,4 +20,4 @@ class SlotMemory:
 
     def record(self, slot: int, nbytes: int) -> torch.Tensor:
         """The first `nbytes` of a slot as uint8 [nbytes], sharing memory."""
-        return self._tensor[slot, :nbytes]
+        return self.tensor[slot, :nbytes]
