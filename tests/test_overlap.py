@@ -9,7 +9,9 @@ import torch
 import foregate
 from foregate.kernels.slots import Rows, SlotNative
 
-EXPERT_SECONDS = 0.02  # that the kernel takes for each; an expert in two is missed, so that a load may take twice as long
+EXPERT_SECONDS = (
+    0.02  # that the kernel takes for each; an expert in two is missed, so that a load may take twice as long
+)
 TOKENS, WARM_UP = 6, 1
 ATTEMPTS = 3  # other programs can only make it slower
 

@@ -42,6 +42,7 @@ class GenerateConfig:
     max_new_tokens: int = 128
     temperature: float = 0.0  # 0 is greedy
     top_p: float = 1.0
+    prompt_piece: int = 2048  # tokens of a prompt computed at a time: a pass's memory grows with them, loads shrink
     seed: int = 0
 
 
