@@ -4,6 +4,7 @@ The device is the simulated one: host memory stands for its memory. Its link is 
 the host.
 """
 
+import gc
 import itertools
 import os
 import shutil
@@ -32,7 +33,7 @@ FAMILIES = {  # and the bits of their experts
     "nemotron_h": 4,
     "olmoe": 3,
     "jamba": 2,
-    "granitemoe": 16,
+    "zaya": 16,  # has tokens without an expert
     "dots1": 4,
 }
 IDS = torch.randint(3, 250, (2, 20), generator=torch.Generator().manual_seed(3))
@@ -75,6 +76,12 @@ def logits(model: PreTrainedModel, tokens: int = 6) -> torch.Tensor:
     return torch.cat(rows)
 
 
+def error(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """The median relative error of the tokens after the prompt: one whose router sees a near tie may take another route."""
+    found, expected = found[IDS.shape[1] :], expected[IDS.shape[1] :]
+    return ((found - expected).norm(dim=-1) / expected.norm(dim=-1)).median().item()
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_computes_what_it_computes_on_the_cpu(family: str, stores: Folder) -> None:
     store = stores(family)
@@ -83,8 +90,7 @@ def test_every_family_computes_what_it_computes_on_the_cpu(family: str, stores: 
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
     placed, model = run(store, device="simulated", link_latency=SLOW, policy="lru")
     assert model.foregate.recorder.totals().experts_on_host > 0
-    errors = (placed - expected).norm(dim=-1) / expected.norm(dim=-1)
-    assert errors.median() < (1e-5 if FAMILIES[family] == 16 else 0.02)
+    assert error(placed, expected) < (1e-5 if FAMILIES[family] == 16 else 0.02)
 
 
 @pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
@@ -111,8 +117,7 @@ def test_every_policy_writes_the_same_with_placement_or_without(demo_store: Path
         totals = model.foregate.recorder.totals()
         assert totals.experts_on_host, policy
         assert totals.bytes_read, policy
-        errors = (placed - expected).norm(dim=-1) / expected.norm(dim=-1)
-        assert errors.median() < 0.02, policy
+        assert error(placed, expected) < 0.02, policy
 
 
 def test_counts_are_the_cpus(stores: Folder) -> None:
@@ -174,8 +179,7 @@ def test_three_tiers_with_the_least_host_memory(demo_store: Path) -> None:
     ):
         found, model = run(demo_store, device="simulated", memory="25%", host_memory=host_memory, **options)
         assert model.foregate.device_facts["records_in_host_memory"] == host_memory // record
-        errors = (found - expected).norm(dim=-1) / expected.norm(dim=-1)
-        assert errors.median() < (1e-6 if "exact" in options else 0.02)
+        assert error(found, expected) < (1e-6 if "exact" in options else 0.02)
 
 
 @pytest.mark.parametrize("policy", POLICIES)
@@ -184,8 +188,7 @@ def test_the_smallest_budget(policy: str, demo_store: Path) -> None:
     exact, model = run(demo_store, 2, exact=True, **options)
     assert model.foregate.budget.slots == 2
     placed, _ = run(demo_store, 2, link_latency=SLOW / 4, **options)
-    errors = (placed - exact).norm(dim=-1) / exact.norm(dim=-1)
-    assert errors.median() < 0.02
+    assert error(placed, exact) < 0.02
 
 
 @pytest.mark.parametrize("fault", ["disk", "copy", "host"])
@@ -204,7 +207,7 @@ def test_after_a_fault_the_model_goes_on(fault: str, demo_store: Path, monkeypat
         with pytest.raises((ForegateError, RuntimeError), match=message[fault]):
             logits(model, 2)
     found = logits(model, 2)
-    assert ((found - expected).norm(dim=-1) / expected.norm(dim=-1)).median() < 0.02
+    assert error(found, expected) < 0.02
     model.foregate.close()
 
 
@@ -237,6 +240,15 @@ def test_a_closed_model_says_so_and_ends_its_threads(demo_store: Path) -> None:
     assert threading.active_count() == before
     with pytest.raises(ForegateError, match="was closed"):
         logits(model, 2)
+
+
+def test_dropping_the_model_ends_its_threads(demo_store: Path) -> None:
+    before = threading.active_count()
+    model = foregate.load(demo_store, device="simulated", memory="25%", threads=1)
+    assert threading.active_count() > before
+    del model
+    gc.collect()
+    assert threading.active_count() == before
 
 
 def test_what_a_device_cannot_do(demo_store: Path, monkeypatch: pytest.MonkeyPatch) -> None:

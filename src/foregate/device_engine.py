@@ -50,11 +50,6 @@ class _Table:
     slots: list[int]
     on_device: torch.Tensor  # int32 [experts + 1]; the last is -1, for no expert
 
-    def look_up(self, index: torch.Tensor) -> torch.Tensor:
-        """The slots of the experts in `index`, on the device, of which some may be none."""
-        experts = len(self.slots)
-        return self.on_device[torch.where((index >= 0) & (index < experts), index, experts)]
-
 
 class DeviceEngine(Engine):
     """Slots on `device`, records in host memory. `exact`: the host computes no experts, so that the output is the same
@@ -79,6 +74,7 @@ class DeviceEngine(Engine):
     ) -> None:
         self.device, self.dtype, self._records, self._kernel_name = device, dtype, records, kernel
         self._kernels: list[SlotKernel] = []  # one a layer
+        self._chosen: list[torch.Tensor] = []  # by layer, as a table: 0 for its experts, -1 for none
         self._slots: torch.Tensor | None = None
         self._tables: dict[int, _Table] = {}  # by layer
         self._loads = 0  # started so far
@@ -131,6 +127,7 @@ class DeviceEngine(Engine):
             kernel = choose_slot_kernel(self._kernel_name, module, layer.layout, self._slots)
             kernel.prepare(self.dtype, layer.top_k)
             self._kernels.append(kernel)
+            self._chosen.append(self._to_device([0] * layer.num_experts + [-1]))
         self._host.connect(modules)
         if not self.exact:
             costs = self._measure_costs()
@@ -178,7 +175,7 @@ class DeviceEngine(Engine):
         total = torch.empty_like(hidden)
         sent = self._send(layer, hidden, index)
         if (table := self._complete_table(layer)) is not None:
-            compute_all(kernel, hidden, table.look_up(index), weights, total, grouped)
+            compute_all(kernel, hidden, _look_up(table.on_device, index), weights, total, grouped)
             self._carrier.used(table.slots)
             self._pending.append(sent)
             self._catch_up(len(self._kernels))
@@ -197,7 +194,7 @@ class DeviceEngine(Engine):
             self._carrier.used(slots)
             self._release(layer, ready)
         self._take_from_host(layer, outputs)
-        kernel.combine(outputs, self._chosen(layer, index), weights, total)
+        kernel.combine(outputs, _look_up(self._chosen[layer], index), weights, total)
         return total
 
     def _send(self, layer: int, hidden: torch.Tensor, chosen: torch.Tensor) -> _Sent:
@@ -246,7 +243,8 @@ class DeviceEngine(Engine):
         while len(self._pending) > most:
             sent = self._pending.popleft()
             layer, (chosen, *seen) = sent.layer, sent.copy.wait()
-            experts = self._resident(layer, places_by_expert(chosen, self.store.layers[layer].num_experts))
+            named = set(chosen.flatten().tolist()).intersection(range(self.store.layers[layer].num_experts))
+            experts = self._resident(layer, sorted(named))
             self._route(layer, experts, sent.tokens)
             self._predict_sent(layer, chosen, seen[1:] if sent.hidden else seen)
             self._release(layer, experts)
@@ -276,10 +274,6 @@ class DeviceEngine(Engine):
 
     def _to_device(self, numbers: torch.Tensor | list[int]) -> torch.Tensor:
         return torch.as_tensor(numbers, dtype=torch.int32).to(self.device.torch_device, non_blocking=True)
-
-    def _chosen(self, layer: int, index: torch.Tensor) -> torch.Tensor:
-        """0 where an expert was chosen, -1 where none was; int32 [tokens, k]."""
-        return torch.where((index >= 0) & (index < self.store.layers[layer].num_experts), 0, -1).int()
 
     def _reserve(self, key: ExpertKey) -> bool:
         return self._hidden_sent and self._host.reserve(key)
@@ -314,6 +308,11 @@ class DeviceEngine(Engine):
         self._on_host.clear()
         self._pending.clear()
         super()._start_anew()
+
+
+def _look_up(table: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """The entries of experts in `index`. Whatever is out of their range is no expert, which is the table's last."""
+    return table[index.clamp(-1, len(table) - 1)]
 
 
 def compute_all(
