@@ -1,7 +1,12 @@
-"""The engine: runs one MoE layer at a time with its experts in slots. `_run_layer` is the step, top to bottom."""
+"""The engine: runs one MoE layer at a time with its experts in slots.
+
+`Engine` is what all engines share: scheduler, link, predictions, failures. `HostEngine._run_layer` is the step where the
+experts are computed in host memory, top to bottom; `device_engine.py` has the one with slots on a device.
+"""
 
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any, Protocol
@@ -13,6 +18,7 @@ from foregate.checkpoint.store import ExpertKey, Store
 from foregate.errors import ForegateError
 from foregate.kernels import Kernel, Work, choose_kernel
 from foregate.memory.budget import Budget
+from foregate.memory.carrier import Carrier
 from foregate.memory.disk import DiskToHost
 from foregate.memory.link import Finished, Link
 from foregate.memory.slots import SlotMemory
@@ -31,9 +37,15 @@ class Predictor(Protocol):
     def predict(self, layer: int) -> Prediction | None:
         """What follows the call of `layer` that `routed` was just told of."""
 
+    def take(self, layer: int) -> tuple[torch.Tensor, ...]:
+        """What was seen of the router of `layer` in the call to come, [tokens, ...] each, on the model's device."""
 
-class Engine:
-    """Ties scheduler, slots, link and kernel together for one model.
+    def give(self, layer: int, seen: Sequence[torch.Tensor]) -> None:
+        """The same in host memory, of the last tokens alone: what `routed`, called next, is about."""
+
+
+class Engine(ABC):
+    """Ties scheduler, slots, link and kernel together for one model. An implementation computes.
 
     The output does not depend on policy, budget or predictions: they only decide when bytes move. One layer runs at a
     time, whichever thread asks. The link's threads report every end of a load at once, so that the next one starts
@@ -50,16 +62,16 @@ class Engine:
         kernel: str,
         exact: bool,
         link_bandwidth: float | None = None,
+        link_latency: float = 0.0,
         future: Sequence[Route] | None = None,
     ) -> None:
         self.store, self.budget, self.policy, self.exact = store, budget, policy, exact
         self.kernel, self.kernel_note = choose_kernel(kernel)
         self.recorder = Recorder(len(store.layers))
-        self._readers, self._link_bandwidth, self._future = readers, link_bandwidth, future
-        self._kernels: list[Kernel] = []  # one a layer
-        self._prepared: dict[int, tuple[int, Any]] = {}  # slot -> (layer, the slot as that layer's kernel takes it)
+        self._readers, self._future = readers, future
+        self._link_bandwidth, self._link_latency = link_bandwidth, link_latency
         self._predictor: Predictor | None = None
-        self._turn = threading.Lock()  # one layer at a time
+        self._turn = threading.RLock()  # one layer at a time
         self._state = threading.Condition()  # signalled when a load has ended
         self._failure: BaseException | None = None
         self._closed = self._link_lost = False
@@ -68,9 +80,19 @@ class Engine:
         self.scheduler = self._new_scheduler()
         self._link = self._open_link()
 
+    @abstractmethod
     def connect(self, modules: list[nn.Module]) -> None:
         """Tell the engine the model's experts modules, one a layer: they say how gate and up combine."""
-        self._kernels = [self.kernel(module, self.exact) for module in modules]
+
+    @abstractmethod
+    def _run_layer(
+        self, layer: int, hidden: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
+        """The step: `run_layer` without its precautions."""
+
+    @abstractmethod
+    def _make_slots(self) -> Carrier:
+        """Slots, all empty, and what carries records into them. Raises ForegateError if there is no room."""
 
     def follow(self, predictor: Predictor) -> None:
         """Have the scheduler told what this predictor expects."""
@@ -82,6 +104,16 @@ class Engine:
         return self._link.path == "direct"
 
     @property
+    def kernel_summary(self) -> str:
+        """What computes experts, and why that."""
+        return f"{self.kernel.name} ({self.kernel_note})"
+
+    @property
+    def device_facts(self) -> dict[str, Any]:
+        """Where experts are computed and how they get there, for the report."""
+        return {"name": "cpu", "path": self._link.path}
+
+    @property
     def link(self) -> Link:
         """What carries records into slots."""
         return self._link
@@ -90,6 +122,9 @@ class Engine:
     def listens(self) -> bool:
         """Whether the policy has use for predictions now."""
         return self.scheduler.wants_predictions()
+
+    def settle(self) -> None:  # noqa: B027 - most have nothing left to do
+        """Take account of everything that was computed: an engine may be a few layers behind with it."""
 
     def record_calls(self) -> list[Call]:
         """From now on every call of a layer is added to this list, with what was predicted around it."""
@@ -109,7 +144,7 @@ class Engine:
     ) -> torch.Tensor:
         """What the routed experts of MoE layer `layer` add: sum over k of weight * expert(hidden).
 
-        hidden: float32 [tokens, hidden]; top_k_index, top_k_weights: [tokens, k]. Returns [tokens, hidden]. Raises
+        hidden: [tokens, hidden]; top_k_index, top_k_weights: [tokens, k]. Returns [tokens, hidden]. Raises
         ForegateError when a record cannot be read; the next call then starts with empty slots.
         """
         with self._turn:
@@ -130,26 +165,7 @@ class Engine:
                 self._give_up("this model was closed: load it again")
             self._link.close()
 
-    # -- the step -------------------------------------------------------------------------------------------------
-
-    def _run_layer(
-        self, layer: int, hidden: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
-    ) -> torch.Tensor:
-        top_k = top_k_index.shape[-1]
-        waiting = places_by_expert(top_k_index, self.store.layers[layer].num_experts)
-        outputs = hidden.new_zeros(hidden.shape[0] * top_k, hidden.shape[1])
-
-        self._route(layer, list(waiting), tokens=hidden.shape[0])
-        self._predict(layer, top_k_index)
-        while waiting:
-            ready = self._await_resident(layer, waiting)
-            places = {expert: waiting.pop(expert) for expert in ready}
-            work = [Work(self._expert((layer, e)), rows // top_k, rows) for e, rows in places.items()]
-            start = time.perf_counter()
-            self._kernels[layer].run(hidden, work, outputs)
-            self.recorder.computed(layer, len(work), time.perf_counter() - start)
-            self._release(layer, ready)
-        return weighted_sum(outputs.view(-1, top_k, hidden.shape[1]), top_k_weights)
+    # -- what a step is made of -----------------------------------------------------------------------------------
 
     def _route(self, layer: int, experts: list[int], tokens: int) -> None:
         with self._state:
@@ -199,15 +215,6 @@ class Engine:
         with self._state:
             self._carry_out(self.scheduler.computed([(layer, expert) for expert in experts], time.perf_counter()))
 
-    def _expert(self, key: ExpertKey) -> Any:
-        layer, slot = key[0], self.scheduler.slot(key)
-        prepared_for, expert = self._prepared.get(slot, (None, None))
-        if prepared_for != layer:
-            layout = self.store.layers[layer].layout
-            expert = self._kernels[layer].prepare(layout.unpack(self._memory.record(slot, layout.nbytes)))
-            self._prepared[slot] = (layer, expert)
-        return expert
-
     # -- the link -------------------------------------------------------------------------------------------------
 
     def _carry_out(self, actions: Iterable[Action]) -> None:
@@ -221,10 +228,10 @@ class Engine:
                 case Cancel():
                     self._link.cancel(action.key)
 
-    def _ended(self, finished: Finished, memory: SlotMemory) -> None:
+    def _ended(self, finished: Finished, carrier: Carrier) -> None:
         """A load has ended, well or not. Runs in a thread of the link."""
         with self._state:
-            if memory is not self._memory:
+            if carrier is not self._carrier:
                 return  # the answer of a link that was given up
             self._in_flight -= 1
             self.recorder.loaded(finished.key[0], finished.nbytes)
@@ -239,14 +246,15 @@ class Engine:
 
     def _open_link(self) -> Link:
         self._in_flight = 0  # loads whose end was not heard of yet
-        memory = self._memory = SlotMemory(self.scheduler.slots, self.budget.slot_bytes)
+        carrier = self._carrier = self._make_slots()
         return Link(
-            DiskToHost(self.store, memory),
-            slots=memory.slots,
+            carrier,
+            slots=self.scheduler.slots,
             record_bytes=lambda key: self.store.location(key)[1],
             readers=self._readers,
-            finished=lambda finished: self._ended(finished, memory),
+            finished=lambda finished: self._ended(finished, carrier),
             bandwidth=self._link_bandwidth,
+            latency=self._link_latency,
         )
 
     def _new_scheduler(self) -> Scheduler:
@@ -262,7 +270,6 @@ class Engine:
             self._give_up("this run was given up")
             idle = self._state.wait_for(lambda: not self._in_flight, WAIT_SECONDS)
             self.scheduler = self._new_scheduler()
-            self._prepared.clear()
             if idle:
                 self._failure = None
             else:  # the disk hangs
@@ -274,6 +281,48 @@ class Engine:
         self._failure = self._failure or ForegateError(why)
         for key in self.scheduler.in_flight():
             self._link.cancel(key)
+
+
+class HostEngine(Engine):
+    """Slots in host memory, records on disk."""
+
+    _kernels: Sequence[Kernel] = ()  # one a layer
+
+    def connect(self, modules: list[nn.Module]) -> None:
+        self._kernels = [self.kernel(module, self.exact) for module in modules]
+
+    def _run_layer(
+        self, layer: int, hidden: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
+        top_k = top_k_index.shape[-1]
+        waiting = places_by_expert(top_k_index, self.store.layers[layer].num_experts)
+        outputs = hidden.new_zeros(hidden.shape[0] * top_k, hidden.shape[1])
+
+        self._route(layer, list(waiting), tokens=hidden.shape[0])
+        self._predict(layer, top_k_index)
+        while waiting:
+            ready = self._await_resident(layer, waiting)
+            places = {expert: waiting.pop(expert) for expert in ready}
+            work = [Work(self._expert((layer, e)), rows // top_k, rows) for e, rows in places.items()]
+            start = time.perf_counter()
+            self._kernels[layer].run(hidden, work, outputs)
+            self.recorder.computed(layer, len(work), time.perf_counter() - start)
+            self._release(layer, ready)
+        return weighted_sum(outputs.view(-1, top_k, hidden.shape[1]), top_k_weights)
+
+    def _expert(self, key: ExpertKey) -> Any:
+        layer, slot = key[0], self.scheduler.slot(key)
+        prepared_for, expert = self._prepared.get(slot, (None, None))
+        if prepared_for != layer:
+            layout = self.store.layers[layer].layout
+            expert = self._kernels[layer].prepare(layout.unpack(self._memory.record(slot, layout.nbytes)))
+            self._prepared[slot] = (layer, expert)
+        return expert
+
+    def _make_slots(self) -> Carrier:
+        self._memory = SlotMemory(self.scheduler.slots, self.budget.slot_bytes)
+        self._prepared: dict[int, tuple[int, Any]] = {}  # slot -> (layer, the slot as that layer's kernel takes it)
+        return DiskToHost(self.store, self._memory)
 
 
 def places_by_expert(top_k_index: torch.Tensor, num_experts: int) -> dict[int, torch.Tensor]:

@@ -27,7 +27,9 @@ class LayerCounts:
     stall_seconds: float = 0.0  # compute stood still for a load
     kernel_calls: int = 0
     experts_computed: int = 0
-    kernel_seconds: float = 0.0
+    kernel_seconds: float = 0.0  # on a card: of launching
+    experts_on_host: int = 0  # computed there, and not by a kernel of the device
+    host_seconds: float = 0.0
 
 
 @dataclass
@@ -60,6 +62,10 @@ class Recorder:
         counts.experts_computed += experts
         counts.kernel_seconds += seconds
 
+    def computed_on_host(self, layer: int, experts: int, seconds: float) -> None:
+        self.layers[layer].experts_on_host += experts
+        self.layers[layer].host_seconds += seconds
+
     def totals(self) -> LayerCounts:
         """All layers together."""
         return LayerCounts(*(sum(values) for values in zip(*map(astuple, self.layers), strict=True)))
@@ -69,6 +75,7 @@ def build_report(engine: Any, settings: dict[str, Any], tokens: dict[str, int], 
     """The report of one run: settings, machine, speed, traffic over all and by layer. Times in seconds, sizes in bytes."""
     from foregate import __version__
 
+    engine.settle()
     totals, used = engine.recorder.totals(), engine.budget
     routed = totals.hits + totals.misses
     decode_steps = tokens["generated"] - 1  # the first token comes from the prompt's pass
@@ -97,11 +104,12 @@ def build_report(engine: Any, settings: dict[str, Any], tokens: dict[str, int], 
         "experts": {
             **asdict(totals),
             "hit_rate": totals.hits / routed if routed else None,
-            "read_path": "direct" if engine.direct_reads else "buffered",
-            "kernel": f"{engine.kernel.name} ({engine.kernel_note})",
+            "read_path": engine.link.path,
+            "kernel": engine.kernel_summary,
         },
         "prefetches": asdict(engine.scheduler.prefetches),
         "policy": engine.scheduler.facts(),
+        "device": engine.device_facts,
         "link": {"busy_seconds": engine.link.busy_seconds, "bytes_moved": engine.link.bytes_moved},
         "busy": _busy_shares(
             seconds["first_token"] + seconds["decode"], totals.stall_seconds, engine.link.busy_seconds

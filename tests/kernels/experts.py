@@ -25,7 +25,7 @@ class Experts(nn.Module):
 
 def random_slots(
     activation: Activation,
-    bits: int | tuple[int, int],
+    bits: int | torch.dtype | tuple[int, int],
     hidden: int,
     inner: int,
     bias: torch.dtype | None = None,
@@ -47,10 +47,15 @@ def random_slots(
 
 
 def random_weights(
-    activation: Activation, bits: int | tuple[int, int], hidden: int, inner: int, bias: torch.dtype | None, seed: int
+    activation: Activation,
+    bits: int | torch.dtype | tuple[int, int],
+    hidden: int,
+    inner: int,
+    bias: torch.dtype | None,
+    seed: int,
 ) -> dict[str, Weight]:
     """An expert's parameters."""
-    first_bits, down_bits = (bits, bits) if isinstance(bits, int) else bits
+    first_bits, down_bits = (bits, bits) if not isinstance(bits, tuple) else bits
     gated = activation.layout != "ungated"
     name, rows = ("gate_up_proj", 2 * inner) if gated else ("up_proj", inner)
     first, down = random_matrix(first_bits, rows, hidden, seed), random_matrix(down_bits, hidden, inner, seed + 1)

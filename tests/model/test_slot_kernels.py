@@ -78,20 +78,22 @@ def all_records(store: Store, layer: int) -> torch.Tensor:
     return torch.stack(records)
 
 
-def test_experts_that_triton_does_not_know_run_on_the_reference() -> None:
+def test_experts_that_triton_does_not_know() -> None:
     layout = RecordLayout.of({"up_proj": torch.zeros(16, 64), "down_proj": torch.zeros(64, 16)})
     slots = torch.zeros(1, layout.nbytes, dtype=torch.uint8, device=DEVICE)
     module = nn.Module()
     module.has_gate = False
-    kernel = choose_slot_kernel("auto", module, layout, slots)
-    assert kernel.name == "reference"
-    assert kernel.note == "PyTorch, slow: the Triton kernels read 8, 4, 3 and 2 bits, up_proj has 32"
-    with pytest.raises(ForegateError, match="cannot run here: .* up_proj has 32"):
+    with pytest.raises(ForegateError, match="the triton kernel cannot run here: .* up_proj has 32"):
         choose_slot_kernel("triton", module, layout, slots)
-    with pytest.raises(ForegateError, match="unknown kernel cpu: choose one of auto, triton, reference"):
-        choose_slot_kernel("cpu", module, layout, slots)
+    with pytest.raises(ForegateError, match="unknown kernel fast: choose one of auto, triton, cpu, reference"):
+        choose_slot_kernel("fast", module, layout, slots)
 
     quantized = RecordLayout.of({name: QuantizedMatrix.outline(4, 64, 64) for name in ("up_proj", "down_proj")})
     module.act_fn = torch.sin
-    kernel = choose_slot_kernel("auto", module, quantized, slots)
-    assert kernel.note == "PyTorch, slow: the Triton kernels do not know the activation of Module"
+    with pytest.raises(ForegateError, match="the Triton kernels do not know the activation of Module"):
+        choose_slot_kernel("triton", module, quantized, slots)
+    if slots.is_cuda:
+        kernel = choose_slot_kernel("auto", module, layout, slots)
+        assert kernel.note == "PyTorch, slow: the Triton kernels read 8, 4, 3 and 2 bits, up_proj has 32"
+        with pytest.raises(ForegateError, match="the native kernels read the host's memory"):
+            choose_slot_kernel("cpu", module, layout, slots)

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable
 
 import numpy as np
 
-from foregate.schedule import Action, Cancel, ExpertKey, Hurry, Load, Prediction, Scheduler, Shape
+from foregate.schedule import Action, Cancel, Compute, ExpertKey, Hurry, Load, Prediction, Scheduler, Shape
 
 EXPERTS, LAYERS, TOP_K = 6, 3, 2
 SHAPE = Shape((EXPERTS,) * LAYERS, (TOP_K,) * LAYERS)
@@ -21,6 +21,7 @@ class World:
         self.cancelled: set[ExpertKey] = set()
         self.waiting: set[ExpertKey] = set()  # routed and not computed
         self.loads: list[Load] = []
+        self.on_host: list[ExpertKey] = []  # computed there
         self.now = 0.0
 
     def start(self, actions: Iterable[Action]) -> None:
@@ -39,6 +40,10 @@ class World:
                     assert action.key in self.in_flight
                     assert not self.in_flight[action.key].demand, "a demand load is cancelled"
                     self.cancelled.add(action.key)
+                case Compute():
+                    assert not self.scheduler.is_resident(action.key), "the host computes what lies in a slot"
+                    self.waiting.remove(action.key)  # served once, and not by a slot
+                    self.on_host.append(action.key)
         if any(isinstance(action, Load) and not action.demand for action in actions):
             late = {key for key in self.waiting if key not in self.in_flight and key not in self.slots.values()}
             assert not late, "a prefetch starts while a demand load waits for a slot"

@@ -20,8 +20,9 @@ def print_summary(report: dict) -> None:
         "experts in memory": f"{memory['slots']} of {report['model']['experts']} ({share:.0%}), {report['settings']['policy']}",
         "hits": f"{experts['hits']:,} ({experts['hit_rate']:.1%})" if experts["hit_rate"] is not None else "0",
         "misses": f"{experts['misses']:,}",
-        "bytes read": f"{experts['bytes_read'] / MIB:,.1f} MiB, {experts['read_path']} reads",
+        "bytes read": f"{experts['bytes_read'] / MIB:,.1f} MiB, {experts['read_path']} {'reads' if report['device']['name'] == 'cpu' else 'copies'}",
         "waited for reads": f"{experts['stall_seconds']:.2f} s{_bound(report['busy'])}",
+        "device": _device(report["device"], experts),
         "kernel": experts["kernel"],
         "peak memory": f"{memory['peak_resident_bytes'] / MIB:,.0f} MiB",
     }
@@ -29,6 +30,12 @@ def print_summary(report: dict) -> None:
     for name, value in rows.items():
         table.add_row(name, value)
     Console(stderr=True, highlight=False).print(table)
+
+
+def _device(device: dict, experts: dict) -> str:
+    """Where experts are computed."""
+    on_host = f", {experts['experts_on_host']:,} experts on the host" if device.get("placement") else ""
+    return f"{device['name']}{on_host}"
 
 
 def _bound(busy: dict) -> str:

@@ -9,6 +9,7 @@ from transformers import AutoTokenizer, BatchEncoding, PreTrainedModel, PreTrain
 
 from foregate.config import GenerateConfig
 from foregate.errors import ForegateError, first_line
+from foregate.model.prompt import piece_size
 
 
 @dataclass(frozen=True)
@@ -56,31 +57,34 @@ def generate(
     temperature: float = GenerateConfig.temperature,
     top_p: float = GenerateConfig.top_p,
     seed: int = GenerateConfig.seed,
+    prompt_piece: int = GenerateConfig.prompt_piece,
     start: Callable[[], None] = lambda: None,
     emit: Callable[[str], None] = lambda text: None,
 ) -> Generation:
     """Continue `prompt`, passing text to `emit` as it comes; `start` is called when all checks have passed. Temperature 0 is greedy; otherwise `seed` decides.
 
-    Raises ForegateError for an empty prompt or settings out of range.
+    A prompt of more than `prompt_piece` tokens is computed in pieces of so many, where the family takes it. Raises ForegateError for an empty prompt or settings out of range.
     """
     _check(max_new_tokens, temperature, top_p, seed)
     inputs = _encode(tokenizer, prompt, getattr(model.config.get_text_config(), "max_position_embeddings", None))
     streamer = _TimedStreamer(tokenizer, emit)
     sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature else {"do_sample": False}
+    prompt_tokens = inputs["input_ids"].shape[1]
+    pieces = piece_size(model, prompt_tokens, prompt_piece)
     set_seed(seed)
     start()
     began = time.perf_counter()
     with torch.inference_mode():
         output = model.generate(
-            input_ids=inputs["input_ids"],
-            attention_mask=inputs["attention_mask"],
+            input_ids=inputs["input_ids"].to(model.device),
+            attention_mask=inputs["attention_mask"].to(model.device),
             max_new_tokens=max_new_tokens,
             pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
             streamer=streamer,
+            prefill_chunk_size=pieces,
             num_beams=1,  # a store's own defaults may ask for beams, which cannot be streamed
             **sampling,
         )
-    prompt_tokens = inputs["input_ids"].shape[1]
     return Generation(
         text=tokenizer.decode(output[0, prompt_tokens:], skip_special_tokens=True),
         prompt_tokens=prompt_tokens,

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from foregate.errors import ForegateError
-from foregate.schedule.base import Action, Call, Cancel, ExpertKey, Hurry, Load, Prediction, Scheduler, Shape
+from foregate.schedule.base import Action, Call, Cancel, Compute, ExpertKey, Hurry, Load, Prediction, Scheduler, Shape
 from foregate.schedule.clairvoyant import (
     ClairvoyantHorizonScheduler,
     ClairvoyantScheduler,
@@ -14,6 +14,7 @@ from foregate.schedule.demand import DemandScheduler
 from foregate.schedule.lookahead import LookaheadScheduler
 from foregate.schedule.lru import LruScheduler
 from foregate.schedule.mixtral_offloading import MixtralOffloadingCodeScheduler, MixtralOffloadingScheduler
+from foregate.schedule.placement import Costs, Placement
 
 BOUNDS: dict[str, type[ClairvoyantScheduler | ClairvoyantHorizonScheduler]] = {
     "clairvoyant": ClairvoyantScheduler,
@@ -51,9 +52,12 @@ __all__ = [
     "Action",
     "Call",
     "Cancel",
+    "Compute",
+    "Costs",
     "ExpertKey",
     "Hurry",
     "Load",
+    "Placement",
     "Prediction",
     "Route",
     "Scheduler",

@@ -12,17 +12,22 @@ happens and carries out what it answers; the simulator does the same under a vir
 
 Each answers with actions in the order to carry them out. Rules that hold at all times (`check_integrity`): a record
 is in at most one slot and a slot holds at most one record; a record that the layer at work still needs is never
-evicted; every routed expert is served in the end, whatever the number of slots (one is enough); no prefetch starts
-while a demand load waits for a slot.
+evicted; every routed expert is served in the end, and once, whatever the number of slots (one is enough): from a slot,
+or by the host where a `Placement` decides so; no prefetch starts while a demand load waits for a slot.
 """
 
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from foregate.schedule.placement import Placement
 
 ExpertKey = tuple[int, int]  # (MoE layer, expert)
+
+LATER = 32  # experts computed on the host that are remembered, to be loaded when the link is idle
 
 
 @dataclass(frozen=True)
@@ -52,7 +57,17 @@ class Cancel:
     key: ExpertKey
 
 
-Action = Load | Hurry | Cancel
+@dataclass(frozen=True)
+class Compute:
+    """Compute the expert `key` of the layer just routed on the host, from host memory.
+
+    It needs no slot and is not answered. A prefetch of it that is under way goes on, for later.
+    """
+
+    key: ExpertKey
+
+
+Action = Load | Hurry | Cancel | Compute
 
 
 @dataclass(frozen=True)
@@ -119,7 +134,10 @@ class Scheduler(ABC):
         self._needed: set[ExpertKey] = set()  # routed and not yet computed: never evicted
         self._queue: deque[ExpertKey] = deque()  # routed, waiting for a slot
         self._unused: set[ExpertKey] = set()  # fetched ahead and not routed since
+        self._prefetch_began = 0.0  # the latest
+        self._computed_on_host: deque[ExpertKey] = deque(maxlen=LATER)  # the latest last
         self.prefetches = Prefetches()
+        self.placement: Placement | None = None  # None: every expert is computed on the device
 
     # -- events ---------------------------------------------------------------------------------------------------
 
@@ -131,8 +149,12 @@ class Scheduler(ABC):
         if self._needed:
             raise RuntimeError(f"{len(self._needed)} experts of an earlier layer were not computed")
         keys = [(layer, expert) for expert in experts]
+        on_host = self._place(keys, tokens, now)
+        if on_host:
+            self._computed_on_host += on_host
+            keys = [key for key in keys if key not in on_host]
         self._needed.update(keys)
-        actions: list[Action] = []
+        actions: list[Action] = [Compute(key) for key in on_host]
         for key in keys:
             if key not in self._slot_of or key in self._dropping:
                 self._queue.append(key)
@@ -152,6 +174,8 @@ class Scheduler(ABC):
 
     def arrived(self, key: ExpertKey, seconds: float = 0.0, now: float = 0.0) -> list[Action]:
         """The load of `key` has finished; the link worked `seconds` on it."""
+        if self.placement is not None:
+            self.placement.loaded(seconds)
         del self._loading[key]
         if key in self._dropping:  # the cancellation came too late
             self._dropping.remove(key)
@@ -177,6 +201,13 @@ class Scheduler(ABC):
         """Compute stood still for a load."""
 
     # -- questions ------------------------------------------------------------------------------------------------
+
+    def is_complete(self, layer: int) -> bool:
+        """Whether all experts of a layer are resident and nothing is in flight that could change that."""
+        if self._loading:
+            return False
+        everything = len(self._slot_of) == sum(self.shape.experts)
+        return everything or all((layer, expert) in self._slot_of for expert in range(self.shape.experts[layer]))
 
     def is_resident(self, key: ExpertKey) -> bool:
         """Whether the record lies complete in a slot."""
@@ -226,6 +257,13 @@ class Scheduler(ABC):
         """The record to fetch ahead next, or None. It is asked when the link has room; `prefetch_slot` finds a slot."""
         return None
 
+    def load_for_later(self) -> ExpertKey | None:
+        """The latest record that was computed on the host and is still absent, once: what missed may miss again."""
+        while self._computed_on_host:
+            if (key := self._computed_on_host.pop()) not in self._slot_of:
+                return key
+        return None
+
     def prefetch_slot(self, key: ExpertKey) -> int | None:
         """A slot for the prefetch of `key`, made free if it must be, or None if that is not worth it."""
         return self._free.pop() if self._free else None
@@ -235,6 +273,10 @@ class Scheduler(ABC):
 
     def evicted(self, key: ExpertKey) -> None:  # noqa: B027 - a policy may ignore it
         """`key` has lost its slot."""
+
+    def worth_loading(self, keys: list[ExpertKey]) -> list[ExpertKey]:
+        """Misses of one layer, those first that are best in a slot afterwards: where they are placed depends on it."""
+        return keys
 
     def evictable(self, key: ExpertKey) -> bool:
         """Whether a resident record may be evicted: the layer at work does not need it."""
@@ -253,8 +295,19 @@ class Scheduler(ABC):
             return actions
         self._slot_of[key], self._loading[key] = slot, False
         self._unused.add(key)
+        self._prefetch_began = now
         self.prefetches.started += 1
         return [*actions, Load(key, slot, demand=False)]
+
+    def _place(self, keys: list[ExpertKey], tokens: int, now: float) -> list[ExpertKey]:
+        """Those of the routed experts that the host is to compute."""
+        if self.placement is None or not (missed := [key for key in keys if not self.is_resident(key)]):
+            return []
+        load = self.placement.load_seconds
+        left = {key: load for key in self.worth_loading(missed)}
+        for key in left.keys() & (self._loading.keys() - self._dropping):
+            left[key] = max(load - (now - self._prefetch_began), 0.0)
+        return self.placement.split(left, tokens * self.shape.top_k[keys[0][0]] / len(keys))
 
     def _serve_queue(self) -> list[Action]:
         actions: list[Action] = []

@@ -111,7 +111,7 @@ class LookaheadScheduler(Scheduler):
     def next_prefetch(self, now: float) -> ExpertKey | None:
         while self._candidates and self._candidates[-1] in self._slot_of:
             self._candidates.pop()
-        return self._candidates[-1] if self._candidates else None
+        return self._candidates[-1] if self._candidates else self.load_for_later()
 
     def prefetch_slot(self, key: ExpertKey) -> int | None:
         if not self._free:
@@ -123,6 +123,10 @@ class LookaheadScheduler(Scheduler):
 
     def evicted(self, key: ExpertKey) -> None:
         self._may_leave(key, False)
+
+    def worth_loading(self, keys: list[ExpertKey]) -> list[ExpertKey]:
+        self._refresh()
+        return sorted(keys, key=lambda key: self._time[key])
 
     def _worth_fetching(self, aims: "_Aims", likely: np.ndarray) -> list[ExpertKey]:
         """What a gate expects, is absent and worth a load; the one whose next use is nearest comes last."""

@@ -5,30 +5,43 @@ from torch import nn
 
 from foregate.checkpoint.store import RecordLayout
 from foregate.errors import ForegateError
+from foregate.kernels import cpu
 from foregate.kernels.activation import apply_activation, find_activation
 from foregate.kernels.slots.base import Rows, SlotKernel
+from foregate.kernels.slots.native import SlotNative
 from foregate.kernels.slots.reference import SlotReference
 
 AUTO = "auto"
-NAMES = ("triton", SlotReference.name)
+NAMES = ("triton", SlotNative.name, SlotReference.name)
 
 
 def choose_slot_kernel(name: str, experts: nn.Module, layout: RecordLayout, slots: torch.Tensor) -> SlotKernel:
-    """A layer's kernel on the slots of a device: "triton", "reference", or "auto" for Triton where it can compute these
-    experts there, otherwise the reference, whose note says why.
+    """A layer's kernel on the slots of a device: "triton", "cpu" (native), "reference", or "auto".
 
-    Raises ForegateError for an unknown name, or where Triton was asked for and cannot.
+    "auto" is the native kernel where the device's memory is the host's, elsewhere Triton where it can compute these
+    experts, and otherwise the reference, whose note says why. Raises ForegateError for an unknown name, and where what
+    was asked for cannot run.
     """
     if name not in (AUTO, *NAMES):
         raise ForegateError(f"unknown kernel {name}: choose one of {', '.join((AUTO, *NAMES))}")
     if name == SlotReference.name:
         return SlotReference(experts, layout, slots)
-    kernel = _triton(experts, layout, slots)
+    host = name == SlotNative.name or (name == AUTO and not slots.is_cuda)
+    kernel = (_native if host else _triton)(experts, layout, slots)
     if isinstance(kernel, SlotKernel):
         return kernel
     if name == AUTO:
         return SlotReference(experts, layout, slots, kernel)
-    raise ForegateError(f"the triton kernel cannot run here: {kernel}")
+    raise ForegateError(f"the {name} kernel cannot run here: {kernel}")
+
+
+def _native(experts: nn.Module, layout: RecordLayout, slots: torch.Tensor) -> SlotKernel | str:
+    """The native kernel, or why there is none."""
+    if slots.device.type != "cpu":
+        return f"the native kernels read the host's memory, the slots are on {slots.device}"
+    if not cpu.available():
+        return cpu.why_not()
+    return SlotNative(experts, layout, slots)
 
 
 def _triton(experts: nn.Module, layout: RecordLayout, slots: torch.Tensor) -> SlotKernel | str:
@@ -50,4 +63,4 @@ def _triton(experts: nn.Module, layout: RecordLayout, slots: torch.Tensor) -> Sl
     return TritonKernel(experts, layout, slots, activation, places)
 
 
-__all__ = ["AUTO", "NAMES", "Rows", "SlotKernel", "SlotReference", "choose_slot_kernel"]
+__all__ = ["AUTO", "NAMES", "Rows", "SlotKernel", "SlotNative", "SlotReference", "choose_slot_kernel"]

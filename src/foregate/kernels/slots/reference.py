@@ -35,9 +35,14 @@ class SlotReference(SlotKernel):
         self._kernel.run(hidden.float(), work, outputs)
 
     def combine(self, outputs: torch.Tensor, slots: torch.Tensor, weights: torch.Tensor, total: torch.Tensor) -> None:
-        places = outputs.view(*slots.shape, -1)
-        sums = torch.zeros_like(places[:, 0])
-        for rank in range(slots.shape[1]):
-            weighted = weights[:, rank, None] * places[:, rank]
-            sums += torch.where(slots[:, rank, None] >= 0, weighted, 0)
-        total.copy_(sums)
+        weighted_sum(outputs, slots, weights, total)
+
+
+def weighted_sum(outputs: torch.Tensor, slots: torch.Tensor, weights: torch.Tensor, total: torch.Tensor) -> None:
+    """`SlotKernel.combine` in PyTorch, on any device."""
+    places = outputs.view(*slots.shape, -1)
+    sums = torch.zeros_like(places[:, 0])
+    for rank in range(slots.shape[1]):
+        weighted = weights[:, rank, None] * places[:, rank]
+        sums += torch.where(slots[:, rank, None] >= 0, weighted, 0)
+    total.copy_(sums)
