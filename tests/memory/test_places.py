@@ -64,17 +64,18 @@ def test_counting_goes_on_for_ever() -> None:
 
 
 def test_a_place_knows_which_pieces_it_holds() -> None:
-    places = Places([torch.empty(1)])
+    places, page = Places([torch.empty(1)]), 4096
     with places.find((0, 0)) as place:
         assert place is None
     with places.use((0, 0)) as place:
-        place.pieces[8] = 8
-        place.pieces[0] = 8
-        assert place.holds(0, 8) and place.holds(8, 8) and not place.holds(16, 4)
-        assert place.is_whole(16) and not place.is_whole(20)
-        place.pieces[0] = 20  # read again, in one
-        assert place.holds(16, 4) and place.is_whole(20)
+        places.add(place, 0, 2 * page)
+        places.add(place, page, 2 * page)  # however a record is cut
+        places.add(place, 4 * page, page)
+        assert place.holds(0, 3 * page) and place.holds(2 * page, page) and place.holds(4 * page, page)
+        assert not place.holds(3 * page, page) and not place.holds(0, 5 * page)
+        places.add(place, 0, 5 * page)
+        assert place.holds(0, 5 * page) and not place.holds(0, 6 * page)
     with places.find((0, 0)) as found:
         assert found is place
     with places.use((0, 1)) as place:
-        assert not place.pieces and not place.checked
+        assert not place.holds(0, page) and not place.checked

@@ -81,8 +81,8 @@ class HostRecords:
     def piece(self, key: ExpertKey, start: int, nbytes: int) -> Iterator[torch.Tensor]:
         """Bytes start .. start + nbytes of a record in host memory, where they stay within the block; not checked yet.
 
-        What is not there is read, which takes until it is; both ends at multiples of 4096, and a record always cut in
-        the same way, or not at all. Raises ForegateError, which names the record, when it cannot be read.
+        What is not there is read, which takes until it is. Both ends are multiples of 4096. Raises ForegateError, which
+        names the record, when it cannot be read.
         """
         if start == 0:
             self._places.asked(key)
@@ -90,7 +90,7 @@ class HostRecords:
             piece = place.memory[start : start + nbytes]
             if not place.holds(start, nbytes):
                 self._read(key, start, piece)
-                place.pieces[start] = nbytes
+                self._places.add(place, start, nbytes)
             yield piece
 
     def check(self, key: ExpertKey) -> bool:
@@ -101,13 +101,13 @@ class HostRecords:
         """
         with self._places.find(key) as place:
             nbytes = self.record_bytes(key)
-            if place is None or not place.is_whole(nbytes):
+            if place is None or not place.holds(0, nbytes):
                 return not self._file.changed(key)
             if not place.checked:
                 try:
                     self._file.check(key, _view(place.memory[:nbytes]))
                 except ForegateError:
-                    place.pieces.clear()  # to be read again by the next who asks
+                    place.present = 0  # to be read again by the next who asks
                     raise
                 place.checked = True
             return True

@@ -5,11 +5,11 @@ import math
 import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 
-from foregate.checkpoint.store import ExpertKey
+from foregate.checkpoint.store import ALIGNMENT, ExpertKey
 
 HALF_LIFE = 4  # times as many requests as there are places, after which a request counts half
 
@@ -20,17 +20,14 @@ class Place:
 
     memory: torch.Tensor  # uint8 [bytes of the largest record]
     key: ExpertKey | None = None
-    pieces: dict[int, int] = field(default_factory=dict)  # that were read: start -> bytes
+    present: int = 0  # of the record, a bit for each 4096 bytes
     checked: bool = False  # the record is whole, and the one that was converted
     users: int = 0  # at work on the record, which stays meanwhile
 
     def holds(self, start: int, nbytes: int) -> bool:
-        """Whether these bytes were read. Pieces are always cut in the same way, or are the whole record."""
-        return self.pieces.get(start, 0) >= nbytes or self.pieces.get(0, 0) >= start + nbytes
-
-    def is_whole(self, nbytes: int) -> bool:
-        """Whether all `nbytes` of the record were read."""
-        return sum(tuple(self.pieces.values())) >= nbytes  # a tuple, for another thread may add one meanwhile
+        """Whether all bytes from start to start + nbytes were read."""
+        wanted = _bits(start, nbytes)
+        return self.present & wanted == wanted
 
 
 class Places:
@@ -88,6 +85,11 @@ class Places:
             if place:
                 self._leave(place)
 
+    def add(self, place: Place, start: int, nbytes: int) -> None:
+        """Bytes start .. start + nbytes were read, both multiples of 4096."""
+        with self._changed:
+            place.present |= _bits(start, nbytes)
+
     def _leave(self, place: Place) -> None:
         with self._changed:
             place.users -= 1
@@ -96,8 +98,7 @@ class Places:
     def _make_room(self, key: ExpertKey) -> Place | None:
         place = self._free.pop() if self._free else self._evict()
         if place:
-            place.key, place.checked = key, False
-            place.pieces.clear()
+            place.key, place.present, place.checked = key, 0, False
             self._by_key[key] = place
             heapq.heappush(self._heap, (self._scores.get(key, -math.inf), key))
         return place
@@ -116,3 +117,7 @@ class Places:
         for entry in in_use:
             heapq.heappush(self._heap, entry)
         return victim
+
+
+def _bits(start: int, nbytes: int) -> int:
+    return ((1 << nbytes // ALIGNMENT) - 1) << start // ALIGNMENT
