@@ -440,7 +440,6 @@ def test_a_record_takes_the_latency_longer(make_link: MakeLink) -> None:
         link.submit(Load((0, expert), expert))
     listener.wait(5)
     assert time.perf_counter() - start >= 5 * 0.02
-    assert link.busy_seconds >= 5 * 0.02
 
 
 def test_a_paced_link_is_serial_even_when_a_read_is_slow(
