@@ -53,7 +53,7 @@ class Engine:
     ) -> None:
         self.store, self.budget, self.policy, self.exact = store, budget, policy, exact
         self.kernel, self.kernel_note = choose_kernel(kernel)
-        self.recorder = Recorder(len(store.layers))
+        self.recorder = Recorder([layer.num_experts for layer in store.layers])
         self._readers, self._link_bandwidth, self._future = readers, link_bandwidth, future
         self._kernels: list[Kernel] = []  # one a layer
         self._prepared: dict[int, tuple[int, Any]] = {}  # slot -> (layer, the slot as that layer's kernel takes it)
@@ -101,6 +101,7 @@ class Engine:
             if self._failure is not None:  # the next layer will say so, or open the link again
                 return
             self._note(prediction)
+            self.recorder.predicted(prediction)
             self._carry_out(self.scheduler.predicted(prediction, time.perf_counter()))
 
     def run_layer(
@@ -155,7 +156,7 @@ class Engine:
             if self._failure is not None:
                 raise self._failure
             resident = self._resident(layer, experts)
-            self.recorder.routed(layer, len(resident), len(experts) - len(resident))
+            self.recorder.routed(layer, experts, resident, tokens)
             if self._calls is not None:
                 self._calls.append(Call(layer, tuple(experts), tokens, before=self._before))
                 self._before = None
@@ -213,6 +214,7 @@ class Engine:
         for action in actions:
             match action:
                 case Load():
+                    self.recorder.submitted(action)
                     self._link.submit(action)
                     self._in_flight += 1
                 case Hurry():
@@ -226,7 +228,7 @@ class Engine:
             if memory is not self._memory:
                 return  # the answer of a link that was given up
             self._in_flight -= 1
-            self.recorder.loaded(finished.key[0], finished.nbytes)
+            self.recorder.loaded(finished)
             now = time.perf_counter()
             self._failure = self._failure or finished.error
             if self._failure is None:
@@ -260,6 +262,7 @@ class Engine:
             self._give_up("this run was given up")
             idle = self._state.wait_for(lambda: not self._in_flight, WAIT_SECONDS)
             self.scheduler = self._new_scheduler()
+            self.recorder.emptied()
             self._prepared.clear()
             if idle:
                 self._failure = None
