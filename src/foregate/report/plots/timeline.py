@@ -43,11 +43,11 @@ def plot_timeline(report: RunReport, start: int, end: int, *paths: Path) -> None
         _mark_layers(axes, seen[EXPERTS], start, end)
         _mark_tokens(axes, rows[PASSES], start, end)
         middle = [-1.5 - (len(tracks) - 1) / 2] if tracks else []
-        axes.set_yticks([0, *middle], ["processor", "loads"][: 1 + len(middle)])
+        axes.set_yticks([0, *middle], ["processor", "loads\n(layer.expert)"][: 1 + len(middle)])
         axes.tick_params(axis="y", length=0)
         axes.set(xlim=(0, (end - start) / 1e3), ylim=(-1.2 - len(tracks), 1.4), xlabel="ms")
         axes.spines["left"].set_visible(False)
-        figure.legend(handles=_legend(), loc="outside lower center", ncols=4, frameon=False, fontsize=8)
+        figure.legend(handles=_legend(seen), loc="outside lower center", ncols=4, frameon=False, fontsize=8)
 
 
 def window(report: RunReport, tokens: int, first: int | None) -> tuple[int, int] | None:
@@ -81,17 +81,12 @@ def _draw_loads(axes: Axes, loads: Sequence[dict[str, Any]], start: int, end: in
     for load in loads:
         if load["duration"] >= LEAST_LABEL * (end - start):
             middle = (max(load["start"], start) + min(load["start"] + load["duration"], end)) / 2
-            color = "white" if load["kind"] == DEMAND else "black"
-            axes.text(
-                (middle - start) / 1e3,
-                y,
-                f"{load['layer']}.{load['expert']}",
-                ha="center",
-                va="center",
-                fontsize=6,
-                color=color,
-                clip_on=True,
-            )
+            look: dict[str, Any] = {"ha": "center", "va": "center", "fontsize": 6, "clip_on": True}
+            if load["kind"] == DEMAND:
+                look["color"] = "white"
+            elif LOOKS[load["kind"]][1]:  # a plain ground to be read on
+                look["bbox"] = {"boxstyle": "square,pad=0.15", "facecolor": "white", "linewidth": 0}
+            axes.text((middle - start) / 1e3, y, f"{load['layer']}.{load['expert']}", **look)
 
 
 def _bars(axes: Axes, rows: Sequence[dict[str, Any]], start: int, y: float, **look: Any) -> None:
@@ -113,19 +108,21 @@ def _mark_layers(axes: Axes, computed: Sequence[dict[str, Any]], start: int, end
     for row in computed:
         at = max(row["start"] - start, 0)
         if row["layer"] != layer and at - last >= LEAST_LAYER_LABEL * (end - start):
-            axes.text(at / 1e3, 0.46, row["layer"], fontsize=6, va="bottom", color="#555555")
+            label = f"layer {row['layer']}" if layer is None else row["layer"]
+            axes.text(at / 1e3, 0.46, label, fontsize=6, va="bottom", color="#555555")
             last = at
         layer = row["layer"]
 
 
-def _legend() -> list[Patch]:
-    return [
-        Patch(facecolor=INK, label="experts computed"),
-        Patch(facecolor=LIGHT, label="the rest of the model"),
-        Patch(facecolor=DARK, edgecolor="white", hatch="||||", linewidth=0, label="gates"),
-        Patch(facecolor="white", edgecolor="#555555", hatch="....", linewidth=0.5, label="stall: waiting for a load"),
-        *(
-            Patch(facecolor=fill, hatch=hatch, edgecolor="#333333", linewidth=0.5, label=LABELS[kind])
-            for kind, (fill, hatch) in LOOKS.items()
-        ),
-    ]
+def _legend(seen: dict[str, list[dict[str, Any]]]) -> list[Patch]:
+    """What is in the picture."""
+    patches = [Patch(facecolor=INK, label="experts computed"), Patch(facecolor=LIGHT, label="the rest of the model")]
+    if seen[GATES]:
+        patches.append(Patch(facecolor=DARK, edgecolor="white", hatch="||||", linewidth=0, label="gates"))
+    if seen[STALLS]:
+        look = {"facecolor": "white", "edgecolor": "#555555", "hatch": "....", "linewidth": 0.5}
+        patches.append(Patch(label="stall: waiting for a load", **look))
+    for kind, (fill, hatch) in LOOKS.items():
+        if any(load["kind"] == kind for load in seen[LOADS]):
+            patches.append(Patch(facecolor=fill, hatch=hatch, edgecolor="#333333", linewidth=0.5, label=LABELS[kind]))
+    return patches
