@@ -137,8 +137,9 @@ def test_what_cannot_be_read_or_written(plot: Callable, report_file: File, tmp_p
     one_line(plot(good, "-o", "/proc/no/folder"), "cannot write into /proc/no/folder")
     one_line(plot(good, "-o", out, "--format", "gif"), "--format gif: there are png, svg, pdf")
     one_line(plot(good, "-o", out, "--tokens", 0), "--tokens 0")
-    one_line(plot(good, "-o", out, "--first", 30), "--first 30")
+    one_line(plot(good, report_file("lookahead"), "-o", out, "--first", 30), "--first 30")
     one_line(plot(good, tmp_path / "copies/lru.json", "-o", out), "two reports are called lru")
+    assert not out.exists()
 
 
 def test_without_matplotlib(plot: Callable, report_file: File, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

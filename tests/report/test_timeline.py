@@ -10,8 +10,7 @@ from typing import Any
 import pytest
 
 from foregate.report.chrome import chrome_trace
-from foregate.report.lanes import lanes
-from foregate.report.plots.timeline import window
+from foregate.report.layout import lanes, window
 from foregate.report.prefetches import KINDS
 from foregate.report.read import read_report
 

@@ -6,7 +6,7 @@ The format: Chrome's "Trace Event Format", JSON object form. Times in microsecon
 from collections.abc import Iterator
 from typing import Any
 
-from foregate.report.lanes import lanes
+from foregate.report.layout import lanes
 from foregate.report.read import RunReport
 from foregate.report.timeline import EXPERTS, GATES, LOADS, PASSES, STALLS
 

@@ -33,5 +33,8 @@ def summarise(report: RunReport) -> str:
 
 
 def _foresight(score: Score) -> str:
-    precision = "-" if score.precision is None else f"{score.precision:.1%}"
-    return f"recall@k {score.recall:.1%}, precision {precision}, {score.calls:,} calls"
+    return f"recall@k {_share(score.recall)}, precision {_share(score.precision)}, {score.calls:,} calls"
+
+
+def _share(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1%}"

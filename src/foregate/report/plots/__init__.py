@@ -11,6 +11,7 @@ from foregate.drawing import FORMATS, require_matplotlib
 from foregate.errors import ForegateError
 from foregate.report.chrome import chrome_trace
 from foregate.report.files import write_whole
+from foregate.report.layout import window
 from foregate.report.read import RunReport
 
 TRACE = "trace.json"
@@ -42,12 +43,13 @@ def plot_reports(reports: Sequence[RunReport], folder: Path, settings: PlotSetti
         raise ForegateError(f"two reports are called {min(twice)}: rename one, for their pictures are named after them")
     if folder.exists() and not folder.is_dir():
         raise ForegateError(f"-o {folder} is a file: name a folder")
+    pictures = [_pictures(report, settings) for report in reports]
     written: list[Path] = []
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for report in reports:
+        for report, own in zip(reports, pictures, strict=True):
             prefix = f"{report.name}-" if len(reports) > 1 else ""
-            for name, draw in _pictures(report, settings).items():
+            for name, draw in own.items():
                 written += _paths(folder, prefix + name, endings)
                 draw(*written[-len(endings) :])
             if report.timeline is not None:
@@ -66,7 +68,7 @@ def plot_reports(reports: Sequence[RunReport], folder: Path, settings: PlotSetti
 def _pictures(report: RunReport, settings: PlotSettings) -> dict[str, Callable[..., None]]:
     from foregate.report.plots.predictions import plot_predictions
     from foregate.report.plots.routing import plot_routing
-    from foregate.report.plots.timeline import plot_timeline, window
+    from foregate.report.plots.timeline import plot_timeline
     from foregate.report.plots.traffic import plot_traffic
 
     pictures: dict[str, Callable[..., None]] = {

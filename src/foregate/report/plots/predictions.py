@@ -1,13 +1,17 @@
 """What was found in memory and what had been foreseen: by layer, and by how far ahead."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from pathlib import Path
-
-from matplotlib.axes import Axes
+from typing import TYPE_CHECKING
 
 from foregate.drawing import DARK, INK, LIGHT, MIDDLE, RULE, picture
 from foregate.report.foresight import LAYER, Aim, Score, by_horizon
 from foregate.report.read import RunReport
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 COLOURS, MARKERS, LINES = (INK, DARK, "#c77b30", "#2a9d8f"), "os^D<>ph", ("-", "--", "-.", ":")
 

@@ -1,14 +1,19 @@
 """Which experts the routers chose how often, and how often one had to be fetched: layers by experts."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
 from foregate.drawing import picture
 from foregate.report.read import RunReport
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 WRITTEN = 20  # experts of a layer, up to which counts are written into the squares
 DARKNESS = 0.75  # of the map, from the lightest grey on: black squares would hide their numbers

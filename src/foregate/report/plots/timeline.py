@@ -1,18 +1,20 @@
 """The time line of a few tokens: what the processor did, when it stood still, and what was on its way meanwhile."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from pathlib import Path
-from statistics import median
-from typing import Any
-
-from matplotlib.axes import Axes
-from matplotlib.patches import Patch
+from typing import TYPE_CHECKING, Any
 
 from foregate.drawing import DARK, INK, LIGHT, MIDDLE, picture
-from foregate.report.lanes import lanes
+from foregate.report.layout import lanes
 from foregate.report.prefetches import CANCELLED, DEMAND, LATE, PREFETCH
 from foregate.report.read import RunReport
 from foregate.report.timeline import EXPERTS, GATES, LOADS, PASSES, STALLS
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.patches import Patch
 
 LOOKS = {  # of loads: fill, hatch
     DEMAND: (INK, ""),
@@ -48,19 +50,6 @@ def plot_timeline(report: RunReport, start: int, end: int, *paths: Path) -> None
         axes.set(xlim=(0, (end - start) / 1e3), ylim=(-1.2 - len(tracks), 1.4), xlabel="ms")
         axes.spines["left"].set_visible(False)
         figure.legend(handles=_legend(seen), loc="outside lower center", ncols=4, frameon=False, fontsize=8)
-
-
-def window(report: RunReport, tokens: int, first: int | None) -> tuple[int, int] | None:
-    """(start, end) in microseconds of so many decoded tokens, from the `first` one kept on (from 0), or, if that is None,
-    those that took as long as such a stretch does in the median. None if the time line has not so many of them."""
-    starts = [row["start"] for row in report.timeline[PASSES] if row["tokens"] == 1]
-    stretches = list(zip(starts, starts[tokens:], strict=False))
-    if first is not None:
-        return stretches[first] if first < len(stretches) else None
-    if not stretches:
-        return None
-    usual = median(end - start for start, end in stretches)
-    return min(stretches, key=lambda stretch: abs(stretch[1] - stretch[0] - usual))
 
 
 def _visible(rows: Sequence[dict[str, Any]], start: int, end: int) -> list[dict[str, Any]]:
@@ -116,6 +105,8 @@ def _mark_layers(axes: Axes, computed: Sequence[dict[str, Any]], start: int, end
 
 def _legend(seen: dict[str, list[dict[str, Any]]]) -> list[Patch]:
     """What is in the picture."""
+    from matplotlib.patches import Patch
+
     patches = [Patch(facecolor=INK, label="experts computed"), Patch(facecolor=LIGHT, label="the rest of the model")]
     if seen[GATES]:
         patches.append(Patch(facecolor=DARK, edgecolor="white", hatch="||||", linewidth=0, label="gates"))

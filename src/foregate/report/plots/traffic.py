@@ -1,11 +1,15 @@
 """What went over the link for each layer, and what it was good for."""
 
-from pathlib import Path
+from __future__ import annotations
 
-from matplotlib.axes import Axes
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from foregate.drawing import INK, LIGHT, MIDDLE, picture
 from foregate.report.read import RunReport
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 MIB = 2**20
 LOOKS = {  # fill, hatch
