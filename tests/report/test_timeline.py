@@ -84,4 +84,7 @@ def test_the_window_is_a_stretch_of_median_length(report_file: Callable[[str], P
     assert end - start in lengths[len(lengths) // 2 - 1 : len(lengths) // 2 + 1]
     assert window(report, 2, 4) == (starts[4], starts[6])
     assert window(report, 2, 22) is None
-    assert window(report, 23, None) is None
+    assert window(report, 99, None) == (starts[0], starts[-1])  # all there are
+    for few in (1, 0):
+        del report.timeline["passes"][1 + few :]
+        assert window(report, 2, None) is None

@@ -9,14 +9,18 @@ from foregate.report.timeline import PASSES
 
 
 def window(report: RunReport, tokens: int, first: int | None) -> tuple[int, int] | None:
-    """(start, end) in microseconds of so many decoded tokens, from the `first` one kept on (from 0), or, if that is None,
-    those that took as long as such a stretch does in the median. None if the time line has not so many of them."""
+    """(start, end) in microseconds of so many decoded tokens.
+
+    From the `first` one that was kept (from 0); None if there are not so many from there on. Without `first`, those that
+    took as long as such a stretch does in the median; fewer if there are not so many, None if there is no token.
+    """
     starts = [row["start"] for row in report.timeline[PASSES] if row["tokens"] == 1]
-    stretches = list(zip(starts, starts[tokens:], strict=False))
     if first is not None:
-        return stretches[first] if first < len(stretches) else None
-    if not stretches:
+        return (starts[first], starts[first + tokens]) if first + tokens < len(starts) else None
+    tokens = min(tokens, len(starts) - 1)
+    if tokens < 1:
         return None
+    stretches = list(zip(starts, starts[tokens:], strict=False))
     usual = median(end - start for start, end in stretches)
     return min(stretches, key=lambda stretch: abs(stretch[1] - stretch[0] - usual))
 
