@@ -47,6 +47,15 @@ class GenerateConfig:
 
 
 @dataclass(frozen=True)
+class ReportConfig:
+    """What a report holds, and what `foregate plot` draws of it."""
+
+    events: int = 20_000  # of the time line: the last ones
+    tokens: int = 2  # that the picture of the time line shows
+    formats: str = "png"
+
+
+@dataclass(frozen=True)
 class DemoConfig:
     """What `foregate demo` runs; paths are relative to the project's folder."""
 

@@ -158,7 +158,7 @@ def _settings(benches: list[Bench], repeats: int) -> dict[str, Any]:
 
 
 def _check_outputs(json: Path | None, plot: Path | None) -> None:
-    from foregate.lookahead.plots import check_plot
+    from foregate.drawing import check_plot
     from foregate.report import check_report_path
 
     if json:

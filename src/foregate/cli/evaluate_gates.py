@@ -57,8 +57,9 @@ def run(
     """Measure how well the lookahead gates foresee the experts of later layers, beside guesses that need no training."""
     from foregate import ForegateError, evaluate_gates
     from foregate.cli.progress import count_progress
+    from foregate.drawing import check_plot
     from foregate.lookahead.gates import write_whole
-    from foregate.lookahead.plots import check_plot, plot_evaluation
+    from foregate.lookahead.plots import plot_evaluation
 
     if json and not json.absolute().parent.is_dir():
         raise ForegateError(f"--json {json}: there is no folder {json.absolute().parent}")

@@ -7,7 +7,7 @@ from pathlib import Path
 import typer
 
 from foregate.cli.units import parse_bandwidths, parse_seconds
-from foregate.config import EngineConfig, GenerateConfig
+from foregate.config import EngineConfig, GenerateConfig, ReportConfig
 
 NAME = "generate"
 POLICY_HELP = (
@@ -93,6 +93,8 @@ def generate_and_report(
     tokenizer = load_tokenizer(str(store))
     model = load(store, **engine_settings)
     load_seconds = time.perf_counter() - start
+    if report_path is not None:
+        model.foregate.recorder.record_timeline(ReportConfig.events)
     result = generate(model, tokenizer, prompt, emit=_write, start=lambda: _write(prompt), **generate_settings)
     _write("\n")
     report = build_report(

@@ -14,6 +14,7 @@ from foregate.cli import (
     evaluate_gates,
     generate,
     inflate,
+    plot,
     serve,
     simulate,
     trace,
@@ -27,7 +28,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for module in (demo, convert, verify, generate, serve, evaluate, trace, align, evaluate_gates, inflate, simulate):
+for module in (demo, convert, verify, generate, plot, serve, evaluate, trace, align, evaluate_gates, inflate, simulate):
     app.command(name=module.NAME)(module.run)
 app.add_typer(bench.app, name="bench")
 

@@ -55,7 +55,7 @@ def run(
     from foregate import ForegateError
     from foregate.bench.plots import plot_speeds
     from foregate.cli.tables import print_simulated
-    from foregate.lookahead.plots import check_plot
+    from foregate.drawing import check_plot
     from foregate.lookahead.trace import Trace
     from foregate.report import check_report_path, write_report
     from foregate.simulate.cells import simulate_cells
