@@ -27,6 +27,7 @@ class _History(ctypes.Structure):
 
 class _Gate(ctypes.Structure):
     _fields_ = (
+        ("normalize", ctypes.c_int32),
         *((matrix, cpu._Matrix) for matrix in ("base", "down", "up")),
         *((bias, ctypes.c_void_p) for bias in ("base_bias", "down_bias")),
         ("targets", ctypes.c_int64),
@@ -103,11 +104,13 @@ class Gate:
         shifts: np.ndarray,
         mlp: Mlp | None = None,
         reuse: Reuse | None = None,
+        normalize: bool = False,
     ) -> None:
         """base: [outputs + the reuse head's width, source]; bias: float32 [its rows]; aims: histories of the layers
-        predicted; top_k, scales, shifts: of each, the latter of the probabilities, float32."""
+        predicted; top_k, scales, shifts: of each, the latter of the probabilities, float32; normalize: whether
+        tokens are divided by their root mean square first."""
         self._held: list[object] = [base, *aims, mlp, reuse]  # the struct holds addresses of their memory
-        gate = _Gate(base=cpu._matrix(base), base_bias=self._hold(bias), targets=len(aims))
+        gate = _Gate(normalize=normalize, base=cpu._matrix(base), base_bias=self._hold(bias), targets=len(aims))
         gate.aims = self._hold(np.array([aim.address for aim in aims], np.uintp))
         gate.top_k = self._hold(np.array(top_k, np.int64))
         gate.scales, gate.shifts = self._hold(scales), self._hold(shifts)

@@ -8,7 +8,7 @@ import torch
 from torch.nn import functional
 
 from foregate.kernels import gate as native
-from foregate.lookahead.gate import LookaheadGate, token_source
+from foregate.lookahead.gate import LookaheadGate
 from foregate.lookahead.gates import Foreseen, LookaheadGates
 from foregate.lookahead.reuse import HALF_LIVES, NEVER, WINDOWS, ReuseHead
 from foregate.quantize.matrix import QuantizedMatrix
@@ -37,12 +37,11 @@ class PackedGates:
 
     def foresee(self, source: int, hidden: torch.Tensor) -> Foreseen:
         """As `LookaheadGates.foresee`."""
-        if source == len(self._histories):
-            hidden = token_source(hidden)
         return Foreseen(*self._gates[source](hidden.contiguous()))
 
 
 def _pack(gate: LookaheadGate, aims: list[native.History], own: native.History | None) -> native.Gate:
+    """own: of the source's layer; None: the source is the sampled token's embedding (`gate.token_source`)."""
     rows, biases, reuse = [gate.base], [gate.bias], None
     if gate.reuse is not None and own is not None:
         rows.append(gate.reuse.down)
@@ -57,6 +56,7 @@ def _pack(gate: LookaheadGate, aims: list[native.History], own: native.History |
         gate.shift.numpy(),
         _pack_mlp(gate) if gate.width else None,
         reuse,
+        normalize=own is None,
     )
 
 

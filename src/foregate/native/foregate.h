@@ -73,6 +73,7 @@ typedef struct fg_history {
  * Quantized matrices read int8 activations. The MLP reads the source, zeros up to a multiple of 64, and the targets'
  * scores. `outputs` are the targets' experts in all. */
 typedef struct fg_gate {
+    int32_t normalize;      /* whether a token is divided by its root mean square first */
     fg_matrix base;         /* [outputs + the reuse head's width, source]: the targets' rows, then the head's */
     fg_matrix down, up;     /* the MLP: [width, source + zeros + outputs], [outputs, width]; data NULL: none */
     const float* base_bias; /* [base.rows] */

@@ -26,9 +26,17 @@ int64_t outputs_of(const fg_gate& gate) {
     return outputs;
 }
 
+float inverse_rms(const float* x, int64_t count) {
+    double squares = 0;
+    for (int64_t i = 0; i < count; i++) squares += static_cast<double>(x[i]) * x[i];
+    const double mean = squares / static_cast<double>(count);
+    return static_cast<float>(1 / std::sqrt(mean + std::numeric_limits<float>::epsilon()));
+}
+
 // What the gate's matrices read of a token: its numbers, zeros up to a whole block, the targets' scores.
 void gather(const fg_gate& gate, const float* x, int64_t cols, float* row) {
-    std::copy_n(x, gate.base.cols, row);
+    const float scale = gate.normalize ? inverse_rms(x, gate.base.cols) : 1;
+    std::transform(x, x + gate.base.cols, row, [scale](float value) { return value * scale; });
     if (cols == gate.base.cols) return;
     float* scores = row + blocks_of(gate.base.cols) * BLOCK;
     std::fill(row + gate.base.cols, scores, 0.0f);
