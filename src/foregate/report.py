@@ -139,6 +139,14 @@ def write_report(report: dict, path: str | Path) -> None:
         raise ForegateError(f"cannot write the report {path}: {error.strerror}") from None
 
 
+def deliver(report: dict, path: Path | None, as_json: bool) -> None:
+    """A command's result for machines: into the file `path` if there is one, on stdout if `as_json`."""
+    if path is not None:
+        write_report(report, path)
+    if as_json:
+        print(json.dumps(report, indent=1))
+
+
 def check_report_path(path: Path) -> None:
     """Raise ForegateError now for a place where no report could be written later."""
     folder = path.absolute().parent
