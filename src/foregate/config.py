@@ -13,6 +13,13 @@ class ConvertConfig:
 
 
 @dataclass(frozen=True)
+class CacheConfig:
+    """How a checkpoint named instead of a store is converted, once, into the cache."""
+
+    bits: int = 4  # the least that costs hardly any quality: who names a checkpoint wants it to run here
+
+
+@dataclass(frozen=True)
 class InflateConfig:
     """How an inflated checkpoint is written."""
 
@@ -53,6 +60,14 @@ class ReportConfig:
     events: int = 20_000  # of the time line: the last ones
     tokens: int = 2  # that the picture of the time line shows
     formats: str = "png"
+
+
+@dataclass(frozen=True)
+class ChatConfig:
+    """How `foregate chat` replies; temperature and top-p are the model's own where nothing else is said."""
+
+    max_new_tokens: int = 512
+    context: int = 8192  # tokens of history and reply together, if the model's own limit is not smaller
 
 
 @dataclass(frozen=True)

@@ -14,3 +14,10 @@ def parse_bytes(text: str, option: str, expected: str = "bytes such as 8GiB or 5
     if not match or match[2].upper() not in UNITS:
         raise ForegateError(f"{option} {text} is not a size: write {expected}")
     return int(min(float(match[1]), 1e18) * UNITS[match[2].upper()])
+
+
+def format_bytes(nbytes: int) -> str:
+    """For a person: "2.8 GiB", "11.2 MiB", "0.5 KiB"."""
+    units = (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10))
+    unit, size = next((pair for pair in units if nbytes >= pair[1]), units[-1])
+    return f"{nbytes / size:,.1f} {unit}"

@@ -1,22 +1,35 @@
 """`foregate plot`: what runs did, in pictures."""
 
 from pathlib import Path
+from typing import Annotated
 
 import typer
 
 from foregate.config import ReportConfig
 
 NAME = "plot"
+EXAMPLE = "foregate plot run.json -o pictures"
 
 
 def run(
-    reports: list[Path] = typer.Argument(..., metavar="REPORT", help="Files that generate --report wrote."),
-    output: Path = typer.Option(..., "-o", "--output", metavar="DIR", help="Folder for the pictures; made if need be."),
-    format: str = typer.Option(ReportConfig.formats, help="Of the pictures: png, svg, pdf; several as png,svg."),
-    tokens: int = typer.Option(ReportConfig.tokens, help="Tokens that the picture of the time line shows."),
-    first: int | None = typer.Option(
-        None, min=0, help="The first of them, counted from 0 at the time line's start; by default a typical stretch."
-    ),
+    reports: Annotated[list[Path], typer.Argument(metavar="REPORT", help="Files that generate --report wrote.")],
+    output: Annotated[
+        Path, typer.Option("-o", "--output", metavar="DIR", help="Folder for the pictures; made if need be.")
+    ],
+    format: Annotated[
+        str, typer.Option(metavar="NAMES", help="Of the pictures: png, svg, pdf; several as png,svg.")
+    ] = ReportConfig.formats,
+    tokens: Annotated[
+        int, typer.Option(metavar="N", help="Tokens that the picture of the time line shows.")
+    ] = ReportConfig.tokens,
+    first: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            min=0,
+            help="The first of them, counted from 0 at the time line's start; by default a typical stretch.",
+        ),
+    ] = None,
 ) -> None:
     """Draw what runs did: time line, hit rate and recall, bytes read, experts; several runs also beside each other.
 

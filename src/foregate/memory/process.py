@@ -1,5 +1,6 @@
 """This process's memory as the kernel counts it."""
 
+import contextlib
 import ctypes
 import gc
 import resource
@@ -16,6 +17,12 @@ def peak_memory_bytes() -> int:
         return int(next(line for line in lines if line.startswith("VmHWM")).split()[1]) * 1024
     except (OSError, StopIteration):
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def forget_peak_memory() -> None:
+    """Let `peak_memory_bytes` count from now on, where the kernel allows it."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
 
 
 def return_unused_memory() -> None:

@@ -65,7 +65,7 @@ def generate(
 
     A prompt of more than `prompt_piece` tokens is computed in pieces of so many, where the family takes it. Raises ForegateError for an empty prompt or settings out of range.
     """
-    _check(max_new_tokens, temperature, top_p, seed)
+    check_settings(max_new_tokens, temperature, top_p, seed)
     inputs = _encode(tokenizer, prompt, getattr(model.config.get_text_config(), "max_position_embeddings", None))
     streamer = _TimedStreamer(tokenizer, emit)
     sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature else {"do_sample": False}
@@ -108,7 +108,8 @@ def _encode(tokenizer: PreTrainedTokenizerBase, prompt: str, limit: int | None) 
     return inputs
 
 
-def _check(max_new_tokens: int, temperature: float, top_p: float, seed: int) -> None:
+def check_settings(max_new_tokens: int, temperature: float, top_p: float, seed: int) -> None:
+    """Raise ForegateError, naming the option, for settings out of range."""
     if max_new_tokens < 1:
         raise ForegateError(f"--max-new-tokens {max_new_tokens}: at least 1 is needed")
     if not 0 <= temperature < float("inf"):

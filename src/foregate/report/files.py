@@ -35,6 +35,14 @@ def to_text(report: dict) -> str:
     return ROW.sub(lambda row: f"[{re.sub(chr(10) + ' *', ' ', row[1])}]", json.dumps(report, indent=1)) + "\n"
 
 
+def deliver(report: dict, path: Path | None, as_json: bool) -> None:
+    """A command's result for machines: into the file `path` if there is one, on stdout if `as_json`."""
+    if path is not None:
+        write_report(report, path)
+    if as_json:
+        print(to_text(report), end="")
+
+
 def check_report_path(path: Path) -> None:
     """Raise ForegateError now for a place where no report could be written later."""
     folder = path.absolute().parent
