@@ -24,14 +24,13 @@ from foregate.memory.budget import divide
 from foregate.memory.process import return_unused_memory
 from foregate.model.experts import streamed_experts
 from foregate.model.linear import read_matrices, with_quantized_linears
-from foregate.schedule import Route
+from foregate.schedule import AUTO, GATES, NEXT_ROUTER, Route, told_by
 
 if TYPE_CHECKING:
     from foregate.lookahead.gates import LookaheadGates
 
 MAX_THREADS = 256
-LOOKAHEAD_BOUND = "clairvoyant-horizon"  # listens to gates too, and corrects them
-AUTO, LOOKAHEAD, LRU, MIXTRAL_OFFLOADING = "auto", "lookahead", "lru", "mixtral-offloading"
+LOOKAHEAD, LRU = "lookahead", "lru"  # what AUTO chooses from
 _BUILDING = threading.Lock()  # class names are swapped while a model is built
 
 
@@ -51,7 +50,8 @@ def load(
     """Load a store as a transformers model whose experts are read on demand.
 
     memory: a share of the experts ("25%") or bytes ("8GiB", 8589934592) for backbone and experts together.
-    policy: a name of foregate.schedule.POLICIES, or "auto": "lookahead" where the store has gates, otherwise "lru".
+    policy: a name of foregate.schedule.POLICIES, yours among them (foregate.schedule.register), or "auto": "lookahead"
+    where the store has gates, otherwise "lru".
     readers: threads that read; threads: threads that compute, for the whole process, 0 is one per core.
     kernel: "auto", "cpu" (native) or "reference" (PyTorch). exact: keep activations in float32 where the native kernel
     would round them to int8, with quantized experts. link_bandwidth: bytes/s, to read as if from a slower disk.
@@ -72,7 +72,7 @@ def load(
     budget = divide(str(memory), opened, _backbone_bytes(opened, architecture))
     if policy == AUTO:
         policy = LOOKAHEAD if (opened.path / GATES_FILE).is_file() else LRU
-    if gates is None and policy in (LOOKAHEAD, LOOKAHEAD_BOUND):
+    if gates is None and told_by(policy) == GATES:
         from foregate.lookahead.gates import LookaheadGates  # other policies need none of that in memory
 
         gates = LookaheadGates.load(opened.path / GATES_FILE, opened.layers)
@@ -106,7 +106,7 @@ def _follow(engine: Engine, model: PreTrainedModel, gates: "LookaheadGates | Non
         from foregate.lookahead.live import LiveGates
 
         engine.follow(LiveGates(gates, model, engine))
-    elif engine.policy == MIXTRAL_OFFLOADING:
+    elif told_by(engine.policy) == NEXT_ROUTER:
         from foregate.lookahead.guess import NextRouter
 
         engine.follow(NextRouter(model, engine.store.layers))

@@ -20,9 +20,10 @@ from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 ExpertKey = tuple[int, int]  # (MoE layer, expert)
+GATES, NEXT_ROUTER = "gates", "next router"  # what can predict for a policy
 
 
 @dataclass(frozen=True)
@@ -107,6 +108,7 @@ class Scheduler(ABC):
     """
 
     one_pool = True  # every slot serves every layer
+    told_by: ClassVar[str | None] = None  # what predicts for it: GATES, NEXT_ROUTER or nothing
 
     def __init__(self, slots: int, shape: Shape) -> None:
         if slots < 1:
