@@ -28,14 +28,13 @@ from foregate.memory.process import return_unused_memory
 from foregate.model.experts import streamed_experts
 from foregate.model.linear import read_matrices, with_quantized_linears
 from foregate.model.on_device import backbone_bytes, check_room, compute_dtype, dequantize_linears, move
-from foregate.schedule import Route
+from foregate.schedule import AUTO, GATES, NEXT_ROUTER, Route, told_by
 
 if TYPE_CHECKING:
     from foregate.lookahead.gates import LookaheadGates
 
 MAX_THREADS = 256
-LOOKAHEAD_BOUND = "clairvoyant-horizon"  # listens to gates too, and corrects them
-AUTO, LOOKAHEAD, LRU, MIXTRAL_OFFLOADING = "auto", "lookahead", "lru", "mixtral-offloading"
+LOOKAHEAD, LRU = "lookahead", "lru"  # what AUTO chooses from
 _BUILDING = threading.Lock()  # class names are swapped while a model is built
 
 
@@ -61,7 +60,8 @@ def load(
     device: "cpu", "cuda", "auto" (cuda where there is a card, otherwise cpu), or "simulated": host memory standing for a
     device's. On a device the backbone is in bfloat16 (simulated: float32), records lie in host memory, or as many of them
     as `host_memory` ("16GiB") has room for, and experts that are not resident are computed where that is done first.
-    policy: a name of foregate.schedule.POLICIES, or "auto": "lookahead" where the store has gates, otherwise "lru".
+    policy: a name of foregate.schedule.POLICIES, yours among them (foregate.schedule.register), or "auto": "lookahead"
+    where the store has gates, otherwise "lru".
     readers: threads that read; threads: threads that compute, for the whole process, 0 is one per core.
     kernel: "auto", "cpu" (native), "triton" (on a device) or "reference" (PyTorch). exact: keep activations in float32
     where the native kernel would round them to int8, with quantized experts, and compute all experts on the device.
@@ -84,7 +84,7 @@ def load(
     budget = _divide(str(memory), opened, architecture, target)
     if policy == AUTO:
         policy = LOOKAHEAD if (opened.path / GATES_FILE).is_file() else LRU
-    if gates is None and policy in (LOOKAHEAD, LOOKAHEAD_BOUND):
+    if gates is None and told_by(policy) == GATES:
         from foregate.lookahead.gates import LookaheadGates  # other policies need none of that in memory
 
         gates = LookaheadGates.load(opened.path / GATES_FILE, opened.layers)
@@ -126,7 +126,7 @@ def _follow(engine: Engine, model: PreTrainedModel, gates: "LookaheadGates | Non
         from foregate.lookahead.live import LiveGates
 
         engine.follow(LiveGates(gates, model, engine))
-    elif engine.policy == MIXTRAL_OFFLOADING:
+    elif told_by(engine.policy) == NEXT_ROUTER:
         from foregate.lookahead.guess import NextRouter
 
         engine.follow(NextRouter(model, engine.store.layers))

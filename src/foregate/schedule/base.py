@@ -20,12 +20,13 @@ from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 if TYPE_CHECKING:
     from foregate.schedule.placement import Placement
 
 ExpertKey = tuple[int, int]  # (MoE layer, expert)
+GATES, NEXT_ROUTER = "gates", "next router"  # what can predict for a policy
 
 LATER = 32  # experts computed on the host that are remembered, to be loaded when the link is idle
 
@@ -122,6 +123,7 @@ class Scheduler(ABC):
     """
 
     one_pool = True  # every slot serves every layer
+    told_by: ClassVar[str | None] = None  # what predicts for it: GATES, NEXT_ROUTER or nothing
 
     def __init__(self, slots: int, shape: Shape) -> None:
         if slots < 1:

@@ -12,12 +12,14 @@ from typing import Any
 
 import numpy as np
 
-from foregate.schedule.base import Action, ExpertKey, Prediction, Scheduler, Shape
+from foregate.schedule.base import GATES, Action, ExpertKey, Prediction, Scheduler, Shape
 from foregate.schedule.estimates import Calibration, Pace, ReuseEstimate, Worth
 
 
 class LookaheadScheduler(Scheduler):
     """See the module's description. Without predictions it evicts by decayed frequency and fetches nothing ahead."""
+
+    told_by = GATES
 
     def __init__(self, slots: int, shape: Shape) -> None:
         super().__init__(slots, shape)
