@@ -1,17 +1,26 @@
 """The recorder against the scheduler's and the link's own counts, and against a recount of the engine's calls."""
 
+import errno
+import time
 import tracemalloc
 from collections import Counter
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import astuple
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
+import foregate
+from foregate.errors import ForegateError
+from foregate.memory import disk
 from foregate.memory.link import Finished
 from foregate.report import Recorder
 from foregate.report.prefetches import PrefetchCounts
+from foregate.report.recorder import total
 from foregate.schedule import Load, Prediction
 
 POLICIES = ["lru", "mixtral-offloading", "mixtral-offloading-code", "lookahead", "clairvoyant", "clairvoyant-patient"]
@@ -33,15 +42,15 @@ def test_routing_against_the_calls(run: Callable[[str], Any], policy: str) -> No
 @pytest.mark.parametrize("policy", POLICIES)
 def test_prefetches_are_what_the_scheduler_counts_and_bytes_add_up(run: Callable[[str], Any], policy: str) -> None:
     seen = run(policy)
-    total = PrefetchCounts(*(sum(values) for values in zip(*map(astuple, seen.recorder.prefetches), strict=True)))
-    assert astuple(total)[:4] == astuple(seen.prefetches)
-    assert (total.started > 0) == (policy not in ("lru", "mixtral-offloading-code"))
-    assert sum(counts.bytes_read for counts in seen.recorder.layers) == seen.bytes_moved
-    assert total.useful_bytes == total.in_time * seen.record_bytes
-    assert total.late_bytes == total.late * seen.record_bytes
-    assert total.wasted_bytes <= total.wasted * seen.record_bytes  # a cancelled load may have moved a part
-    unused = total.started - total.in_time - total.late - total.wasted
-    assert total.unused_bytes == unused * seen.record_bytes
+    counts = PrefetchCounts(*(sum(values) for values in zip(*map(astuple, seen.recorder.prefetches), strict=True)))
+    assert astuple(counts)[:4] == astuple(seen.prefetches)
+    assert (counts.started > 0) == (policy not in ("lru", "mixtral-offloading-code"))
+    assert sum(layer.bytes_read for layer in seen.recorder.layers) == seen.bytes_moved
+    assert counts.useful_bytes == counts.in_time * seen.record_bytes
+    assert counts.late_bytes == counts.late * seen.record_bytes
+    assert counts.wasted_bytes <= counts.wasted * seen.record_bytes  # a cancelled load may have moved a part
+    unused = counts.started - counts.in_time - counts.late - counts.wasted
+    assert counts.unused_bytes == unused * seen.record_bytes
     assert unused <= len(seen.resident)
 
 
@@ -69,6 +78,27 @@ def test_each_fate_of_a_prefetch() -> None:
     assert recorder.layers[0].bytes_read == 54
     recorder.emptied()
     assert (counts.wasted, counts.unused_bytes) == (3, 0)
+
+
+def test_after_an_error_no_prefetch_is_left_open(demo_store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = foregate.load(demo_store, memory="25%", policy="lookahead", threads=1, link_bandwidth=20e6)
+    with closing(model.foregate) as engine:
+        model.generate(torch.arange(50, 62)[None], max_new_tokens=6, do_sample=False)
+        engine.expect(Prediction(11, ((0, np.zeros(8)), (1, np.ones(8)), (2, np.zeros(8)))))
+        while engine.scheduler.in_flight():
+            time.sleep(0.01)
+        assert total(engine.recorder.prefetches, PrefetchCounts).unused_bytes > 0
+
+        def fail(*arguments: object) -> int:
+            raise OSError(errno.EIO, "Input/output error")
+
+        monkeypatch.setattr(disk, "RETRY_PAUSES", ())
+        monkeypatch.setattr(disk.os, "preadv", fail)
+        with pytest.raises(ForegateError, match="cannot be read"), torch.inference_mode():
+            model(torch.arange(100, 140)[None])
+        counts = total(engine.recorder.prefetches, PrefetchCounts)
+        assert counts.started == counts.in_time + counts.late + counts.wasted > 0
+        assert counts.unused_bytes == 0
 
 
 def test_what_it_keeps_does_not_grow() -> None:
