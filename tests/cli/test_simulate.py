@@ -33,6 +33,17 @@ def test_simulate(
     assert str(demo_trace) not in out.read_text()
 
 
+def test_simulate_as_json(
+    demo_trace: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out.json"
+    options = ("--tokens", 12, "--warm-up", 2, "--memory", "25%", "--policy", "lru", "--json", "--report", out)
+    assert (
+        run(monkeypatch, "simulate", "--trace", demo_trace, "--machine", "mixtral-8x7b-2bit-12gb-pcie3", *options) == 0
+    )
+    assert json.loads(capsys.readouterr().out) == json.loads(out.read_text())
+
+
 def test_a_machine_that_is_not_here_says_so(
     demo_trace: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
