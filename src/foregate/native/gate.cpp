@@ -44,6 +44,16 @@ void gather(const fg_gate& gate, const float* x, int64_t cols, float* row) {
         scores = std::copy_n(gate.aims[target]->scores, gate.aims[target]->experts, scores);
 }
 
+// Add a matrix times all tokens of a pass: results [count, matrix.rows].
+void add(Products& products, const fg_matrix& matrix, fg_bias bias, const Tokens& tokens, int64_t count,
+         float* results) {
+    products.products.push_back({&matrix, bias, static_cast<int64_t>(products.views.size()), count});
+    for (int64_t i = 0; i < count; i++) {
+        products.views.push_back(tokens.view(i));
+        products.rows.push_back(results + i * matrix.rows);
+    }
+}
+
 // The gate's products for up to PASS tokens.
 Results multiply(Runtime& runtime, const fg_gate& gate, const float* x, int64_t count, int64_t outputs) {
     const Kernels& kernels = *runtime.kernels;
@@ -62,22 +72,12 @@ Results multiply(Runtime& runtime, const fg_gate& gate, const float* x, int64_t 
     float* const hidden = corrections + count * outputs;
     float* const rows = hidden + count * width;
 
+    for (int64_t i = 0; i < count; i++) gather(gate, x + i * gate.base.cols, cols, rows + i * cols);
     Products first, second;
-    first.products.push_back({&gate.base, {FG_F32, gate.base_bias}, 0, count});
-    for (int64_t i = 0; i < count; i++) {
-        gather(gate, x + i * gate.base.cols, cols, rows + i * cols);
-        first.views.push_back(source.view(i));
-        first.rows.push_back(base + i * gate.base.rows);
-    }
+    add(first, gate.base, {FG_F32, gate.base_bias}, source, count, base);
     if (mlp) {
-        first.products.push_back({&gate.down, {FG_F32, gate.down_bias}, count, count});
-        second.products.push_back({&gate.up, {}, 0, count});
-        for (int64_t i = 0; i < count; i++) {
-            first.views.push_back(source.view(i));
-            first.rows.push_back(hidden + i * width);
-            second.views.push_back(inner.view(i));
-            second.rows.push_back(corrections + i * outputs);
-        }
+        add(first, gate.down, {FG_F32, gate.down_bias}, source, count, hidden);
+        add(second, gate.up, {}, inner, count, corrections);
     }
     const auto prepare = [&](int64_t token, int64_t from, int64_t to, bool exact, const TokenBuffers& buffers) {
         kernels.prepare(rows + token * cols, cols, from, to, exact, buffers);
