@@ -16,6 +16,7 @@ from foregate.lookahead.gates import LookaheadGates
 from foregate.lookahead.metrics import chosen_mask
 from foregate.lookahead.reuse import history_features
 from foregate.lookahead.trace import Trace
+from foregate.lookahead.untrained import untrained_of_trace
 from foregate.schedule import Call, Prediction
 
 Rows = slice | torch.Tensor  # of a trace: consecutive ones, or int64 [rows]
@@ -72,15 +73,24 @@ def _predictions(trace: Trace, gates: LookaheadGates, source: int, rows: Rows) -
     parts = [part.numpy() for part in gate.probabilities(gate(hidden, recent))]
     reuse = None if gate.reuse is None else _reuse(trace, gates, source, rows, hidden)
     aims = [target.layer for target in gates.targets[source]]
+    guess = None if source + 1 >= layers else _untrained(trace, source, hidden)
     return [
         Prediction(
             layer=layers - 1 if token else source,
             ahead=tuple((aim, part[row]) for aim, part in zip(aims, parts, strict=True)),
             reuse=None if reuse is None else reuse[row],
             token=token,
+            guess=None if guess is None else guess[row],
         )
         for row in range(len(hidden))
     ]
+
+
+def _untrained(trace: Trace, source: int, hidden: torch.Tensor) -> np.ndarray:
+    """What the next layer's own router expects behind its norm, float32 [rows, experts]."""
+    gates = untrained_of_trace(trace, horizon=1)
+    gate = gates.gates[source]
+    return gate.probabilities(gate(hidden, hidden.new_zeros(len(hidden), gate.sizes[0])))[0].numpy()
 
 
 def _recent(trace: Trace, target: Target, rows: Rows) -> torch.Tensor:
