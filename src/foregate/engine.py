@@ -90,6 +90,11 @@ class Engine:
         """Whether the policy has use for predictions now."""
         return self.scheduler.wants_predictions()
 
+    @property
+    def wants_guess(self) -> bool:
+        """Whether the policy would hear what the next layer's own router expects after the layer at work."""
+        return self.scheduler.wants_guess()
+
     def record_calls(self) -> list[Call]:
         """From now on every call of a layer is added to this list, with what was predicted around it."""
         self._calls = []

@@ -18,6 +18,7 @@ from foregate.errors import ForegateError
 from foregate.kernels.base import Product
 from foregate.lookahead.gate import LookaheadGate, token_source
 from foregate.lookahead.gates import LookaheadGates
+from foregate.lookahead.guess import OwnRouters
 from foregate.lookahead.reuse import HALF_LIVES, NEVER, WINDOWS
 from foregate.model.routers import Router, find_routers, router_input
 from foregate.schedule import Prediction
@@ -40,6 +41,7 @@ class LiveGates:
         self._targets = [[target.layer for target in targets] for targets in gates.targets]
         self._recent = [np.zeros(layer.num_experts, np.float32) for layer in gates.header.layers]
         self._history = [UseHistory(layer.num_experts) for layer in gates.header.layers]
+        self._routers = OwnRouters(model, engine.store.layers)
         self._input: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # layer -> router inputs and scores of its call
         for layer, router in enumerate(find_routers(model, engine.store.layers)):
             if router.input_size != gates.header.input_size(layer):
@@ -70,7 +72,8 @@ class LiveGates:
         features = None if token else self._history[layer].features(self._recent[layer])
         parts, reuse = gate(hidden.contiguous(), recent, features)
         ahead = tuple(zip(targets, parts, strict=True))
-        return Prediction(layer, ahead, reuse, token, time.perf_counter() - start)
+        guess = self._routers.guess(layer, hidden) if not token and self._engine.wants_guess else None
+        return Prediction(layer, ahead, reuse, token, time.perf_counter() - start, guess)
 
     def _watch(self, layer: int, router: Router) -> None:
         def note(module: torch.nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:

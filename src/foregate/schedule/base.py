@@ -75,8 +75,8 @@ class Prediction:
     ahead: tuple[tuple[int, Any], ...]  # (layer, probability that its next call chooses each expert), nearest first
     reuse: Any = None  # [windows, experts]: used within the next 1, 4, 16 tokens, in `layer` itself
     token: bool = False  # whether the embedding of the sampled token was read instead, before the first layer
-    guess: Any = None  # [experts] of the next layer, by its own router: for schedulers that doubt the gates
     seconds: float = 0.0  # that predicting took
+    guess: Any = None  # [experts] of the next layer, by its own router: for schedulers that doubt the gates
 
 
 @dataclass(frozen=True)
