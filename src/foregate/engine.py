@@ -123,6 +123,11 @@ class Engine(ABC):
         """Whether the policy has use for predictions now."""
         return self.scheduler.wants_predictions()
 
+    @property
+    def wants_guess(self) -> bool:
+        """Whether the policy would hear what the next layer's own router expects after the layer at work."""
+        return self.scheduler.wants_guess()
+
     def settle(self) -> None:  # noqa: B027 - most have nothing left to do
         """Take account of everything that was computed: an engine may be a few layers behind with it."""
 

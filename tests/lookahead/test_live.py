@@ -15,6 +15,7 @@ from foregate.kernels import cpu
 from foregate.lookahead.gate import Target
 from foregate.lookahead.gates import GateLayer, GatesHeader, LookaheadGates
 from foregate.lookahead.record import observed
+from foregate.lookahead.untrained import untrained_of_model
 from foregate.model.routers import find_routers
 from foregate.schedule import Prediction
 
@@ -88,7 +89,8 @@ def test_live_gates_say_what_the_gates_compute(
     model = foregate.load(copied, memory="100%", policy="lookahead")
     reference = LookaheadGates.load(copied / GATES_FILE, model.foregate.store.layers)
     routers = find_routers(model, model.foregate.store.layers)
-    embedded, routed = [], {}
+    own = untrained_of_model(model, model.foregate.store.layers, horizon=1)
+    embedded, routed, guesses = [], {}, 0
     model.get_input_embeddings().register_forward_hook(lambda module, args, output: embedded.append(output[0]))
     modules = [layer.module for layer in reference.header.layers]
     calls, cache = model.foregate.record_calls(), None
@@ -101,10 +103,14 @@ def test_live_gates_say_what_the_gates_compute(
                 inputs = routed[layer]["inputs"].float()
                 reference.observe(layer, routed[layer]["scores"], routed[layer]["chosen"])
                 check(call.after, reference.predict(layer, inputs))
+                if (guess := call.after.guess) is not None:
+                    guesses += 1
+                    check(Prediction(layer, ((layer + 1, guess),)), own.predict(layer, inputs))
                 torch.testing.assert_close(
                     torch.from_numpy(call.after.reuse).float(), reference.reuse(layer, inputs), atol=2e-2, rtol=0.1
                 )
     assert len(calls) == 5 * len(modules)
+    assert 0 < guesses < len(calls), "asked for before judged calls only, and never over the token's end"
 
 
 def check(prediction: Prediction, expected: list[tuple[Target, torch.Tensor]]) -> None:

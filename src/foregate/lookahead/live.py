@@ -14,6 +14,7 @@ from foregate.engine import Engine
 from foregate.errors import ForegateError
 from foregate.kernels import cpu
 from foregate.lookahead.gates import LookaheadGates
+from foregate.lookahead.guess import OwnRouters
 from foregate.lookahead.packed import PackedGates
 from foregate.model.routers import Router, find_routers, router_input
 from foregate.schedule import Prediction
@@ -28,6 +29,7 @@ class LiveGates:
         self._gates = PackedGates(gates) if cpu.available() else gates
         self._targets = [[target.layer for target in targets] for targets in gates.targets]
         self._noted: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # layer -> router inputs and scores of its call
+        self._routers = OwnRouters(model, engine.store.layers)
         for layer, router in enumerate(find_routers(model, engine.store.layers)):
             if router.input_size != gates.header.input_size(layer):
                 raise ForegateError(
@@ -60,7 +62,8 @@ class LiveGates:
         foreseen, targets = self._gates.foresee(source, hidden), self._targets[source]
         ahead = tuple(zip(targets, foreseen.ahead, strict=True))
         token = source == len(self._targets) - 1
-        return Prediction(layer, ahead, foreseen.reuse, token, time.perf_counter() - start)
+        guess = self._routers.guess(layer, hidden) if not token and self._engine.wants_guess else None
+        return Prediction(layer, ahead, foreseen.reuse, token, time.perf_counter() - start, guess)
 
     def _watch(self, layer: int, router: Router) -> None:
         def note(module: torch.nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:

@@ -92,6 +92,7 @@ class Prediction:
     reuse: Any = None  # [windows, experts]: used within the next 1, 4, 16 tokens, in `layer` itself
     token: bool = False  # whether the embedding of the sampled token was read instead, before the first layer
     seconds: float = 0.0  # that predicting took
+    guess: Any = None  # [experts] of the next layer, by its own router: for schedulers that doubt the gates
 
 
 @dataclass(frozen=True)
@@ -229,6 +230,10 @@ class Scheduler(ABC):
 
     def wants_predictions(self) -> bool:
         """Whether `predicted` would be listened to now."""
+        return False
+
+    def wants_guess(self) -> bool:
+        """Whether a prediction after the call just routed should bring a `guess` along."""
         return False
 
     def facts(self) -> dict[str, Any]:
