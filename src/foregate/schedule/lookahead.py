@@ -142,6 +142,7 @@ class LookaheadScheduler(Scheduler):
     def worth_loading(self, keys: list[ExpertKey]) -> list[ExpertKey]:
         if self._stale:
             self._refresh()
+        self._stale = True  # the layer's experts are only about to be needed
         return sorted(keys, key=self._worth_of.__getitem__, reverse=True)
 
     def _worth_fetching(self) -> list[ExpertKey]:
