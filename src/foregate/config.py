@@ -29,7 +29,10 @@ class EngineConfig:
     threads: int = 0  # threads that compute; 0 is one per core
     kernel: str = "auto"  # the fastest that works here
     exact: bool = False  # quantized experts: keep activations in float32 instead of int8
-    link_bandwidth: float | None = None  # bytes/s: records are read as if from a slower disk
+    link_bandwidth: float | None = None  # bytes/s: records are loaded as if over a slower link
+    link_latency: float = 0.0  # seconds that each record takes beside its bytes
+    device: str = "cpu"  # cpu, cuda, simulated, or auto for cuda where there is a card
+    host_memory: str | None = None  # bytes for records, where experts are computed on a device; None is all of them
 
 
 @dataclass(frozen=True)

@@ -71,7 +71,7 @@ class Engine(ABC):
         self._readers, self._future = readers, future
         self._link_bandwidth, self._link_latency = link_bandwidth, link_latency
         self._predictor: Predictor | None = None
-        self._turn = threading.Lock()  # one layer at a time
+        self._turn = threading.RLock()  # one layer at a time
         self._state = threading.Condition()  # signalled when a load has ended
         self._failure: BaseException | None = None
         self._closed = self._link_lost = False
@@ -122,6 +122,9 @@ class Engine(ABC):
     def listens(self) -> bool:
         """Whether the policy has use for predictions now."""
         return self.scheduler.wants_predictions()
+
+    def settle(self) -> None:  # noqa: B027 - most have nothing left to do
+        """Take account of everything that was computed: an engine may be a few layers behind with it."""
 
     def record_calls(self) -> list[Call]:
         """From now on every call of a layer is added to this list, with what was predicted around it."""

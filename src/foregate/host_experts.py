@@ -33,7 +33,7 @@ class HostExperts:
 
     def __init__(self, layers: Sequence[LayerInfo], records: HostRecords, kernel: type[Kernel]) -> None:
         self._layers, self._records, self._kernel = layers, records, kernel
-        self._kernels: list[Kernel] = []
+        self.kernels: list[Kernel] = []  # one a layer
         self._worker = ThreadPoolExecutor(1, "host-experts")
         self._held: dict[int, torch.Tensor] = {}  # records of one layer
         self._holding = ExitStack()
@@ -41,7 +41,7 @@ class HostExperts:
 
     def connect(self, modules: Sequence[nn.Module]) -> None:
         """The model's experts modules, one a layer."""
-        self._kernels = [self._kernel(module, exact=False) for module in modules]
+        self.kernels = [self._kernel(module, exact=False) for module in modules]
 
     def reserve(self, key: ExpertKey) -> bool:
         """Keep a record for the layer to come; False when host memory does not have it."""
@@ -88,7 +88,7 @@ class HostExperts:
     def _compute(
         self, layer: int, hidden: torch.Tensor, experts: list[tuple[torch.Tensor, torch.Tensor]], top_k: int
     ) -> HostResult:
-        start, kernel, layout = time.perf_counter(), self._kernels[layer], self._layers[layer].layout
+        start, kernel, layout = time.perf_counter(), self.kernels[layer], self._layers[layer].layout
         rows = torch.cat([part for _, part in experts])
         values = torch.empty(len(rows), hidden.shape[1])
         to = torch.arange(len(rows)).split([len(part) for _, part in experts])

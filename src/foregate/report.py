@@ -75,6 +75,7 @@ def build_report(engine: Any, settings: dict[str, Any], tokens: dict[str, int], 
     """The report of one run: settings, machine, speed, traffic over all and by layer. Times in seconds, sizes in bytes."""
     from foregate import __version__
 
+    engine.settle()
     totals, used = engine.recorder.totals(), engine.budget
     routed = totals.hits + totals.misses
     decode_steps = tokens["generated"] - 1  # the first token comes from the prompt's pass

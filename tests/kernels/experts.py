@@ -47,7 +47,12 @@ def random_slots(
 
 
 def random_weights(
-    activation: Activation, bits: int | torch.dtype | tuple[int, int], hidden: int, inner: int, bias: torch.dtype | None, seed: int
+    activation: Activation,
+    bits: int | torch.dtype | tuple[int, int],
+    hidden: int,
+    inner: int,
+    bias: torch.dtype | None,
+    seed: int,
 ) -> dict[str, Weight]:
     """An expert's parameters."""
     first_bits, down_bits = (bits, bits) if not isinstance(bits, tuple) else bits

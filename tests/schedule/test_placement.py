@@ -59,6 +59,27 @@ def test_estimates_follow_what_happens() -> None:
     assert not placement.split({(0, 0): 0.1}, 1)
 
 
+def test_a_disturbed_host_is_tried_again() -> None:
+    placement = Placement(Costs(load=0.3, device=0.0, host=0.2, host_token=0.0), lambda key: True)
+    placement.computed(experts=1, tokens=1, seconds=60.0)
+    assert placement.split({(0, 0): 0.3}, 1), "once is no habit"
+    for _ in range(20):
+        placement.computed(experts=1, tokens=1, seconds=2.0)
+    tries = [bool(placement.split({(0, 0): 0.3}, 1)) for _ in range(600)]
+    assert tries.index(True) in range(100, 300)
+
+
+def test_what_was_computed_on_the_host_is_loaded_when_the_link_is_idle() -> None:
+    """With a link that is always slower, a cache would otherwise stay as empty as it was."""
+    for policy in ("lru", "lookahead"):
+        scheduler = make_scheduler(policy, 2, SHAPE)
+        scheduler.placement = Placement(Costs(load=1.0, device=0.0, host=0.1, host_token=0.0), lambda key: True)
+        assert scheduler.routed(0, [4]) == [Compute((0, 4)), Load((0, 4), 0, demand=False)]
+        scheduler.arrived((0, 4), 1.0)
+        assert not scheduler.routed(0, [4])
+        assert scheduler.is_resident((0, 4))
+
+
 def test_a_prefetch_that_is_almost_there_is_waited_for_and_a_fresh_one_goes_on_for_later() -> None:
     for now, computed in ((10.01, True), (10.28, False)):
         scheduler = make_scheduler("lookahead", 4, SHAPE)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import typer
 
+from foregate.cli.units import parse_bandwidths, parse_seconds
 from foregate.config import EngineConfig, GenerateConfig
 
 NAME = "generate"
@@ -17,8 +18,20 @@ POLICY_HELP = (
 MEMORY_HELP = "A share of the experts (25%), or bytes for backbone and experts together (8GiB)."
 
 THREADS_HELP = "Threads that compute; 0 is one per core."
-KERNEL_HELP = "What computes: cpu (native), reference (PyTorch), or auto, the faster that works here."
-EXACT_HELP = "Keep activations in float32 with quantized experts; otherwise they are rounded to int8, which is faster."
+KERNEL_HELP = (
+    "What computes: cpu (native), triton (on a card), reference (PyTorch), or auto, the fastest that works here."
+)
+EXACT_HELP = (
+    "Keep activations in float32 with quantized experts, otherwise rounded to int8 on the CPU, which is faster; with a "
+    "device, compute all experts there."
+)
+DEVICE_HELP = (
+    "Where the model is computed: cpu, cuda, auto (cuda where there is a card), or simulated (host memory stands for a "
+    "device's). On a device, records lie in host memory, and --memory is the device's."
+)
+HOST_MEMORY_HELP = (
+    "With a device: bytes of host memory for records (16GiB); the rest stays on disk. Default: all of them."
+)
 
 
 def run(
@@ -30,6 +43,10 @@ def run(
     threads: int = typer.Option(EngineConfig.threads, help=THREADS_HELP),
     kernel: str = typer.Option(EngineConfig.kernel, help=KERNEL_HELP),
     exact: bool = typer.Option(EngineConfig.exact, help=EXACT_HELP),
+    device: str = typer.Option(EngineConfig.device, help=DEVICE_HELP),
+    host_memory: str | None = typer.Option(EngineConfig.host_memory, help=HOST_MEMORY_HELP),
+    link_bandwidth: str | None = typer.Option(None, help="Load records as if over a link this fast: 250MB, 1GB/s."),
+    link_latency: str | None = typer.Option(None, help="Seconds more for each record on the link: 50us, 1.5ms."),
     temperature: float = typer.Option(GenerateConfig.temperature, help="0 is greedy; higher is more random."),
     top_p: float = typer.Option(GenerateConfig.top_p, help="Sample from the likeliest tokens of this total share."),
     seed: int = typer.Option(GenerateConfig.seed, help="Seed of the sampling."),
@@ -42,10 +59,22 @@ def run(
     generate_and_report(
         store,
         prompt,
-        {"memory": memory, "policy": policy, "threads": threads, "kernel": kernel, "exact": exact},
+        {"memory": memory, "policy": policy, "threads": threads, "kernel": kernel, "exact": exact}
+        | {"device": device, "host_memory": host_memory}
+        | link_settings(link_bandwidth, link_latency),
         {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "seed": seed},
         report,
     )
+
+
+def link_settings(bandwidth: str | None, latency: str | None) -> dict[str, float]:
+    """What the options of the link say to `foregate.load`; nothing where they are not given. Raises ForegateError."""
+    settings = {}
+    if bandwidth is not None:
+        settings["link_bandwidth"] = parse_bandwidths(bandwidth, "--link-bandwidth")[0]
+    if latency is not None:
+        settings["link_latency"] = parse_seconds(latency, "--link-latency")
+    return settings
 
 
 def generate_and_report(

@@ -22,6 +22,7 @@ def print_summary(report: dict) -> None:
         "misses": f"{experts['misses']:,}",
         "bytes read": f"{experts['bytes_read'] / MIB:,.1f} MiB, {experts['read_path']} reads",
         "waited for reads": f"{experts['stall_seconds']:.2f} s{_bound(report['busy'])}",
+        "device": _device(report["device"], experts),
         "kernel": experts["kernel"],
         "peak memory": f"{memory['peak_resident_bytes'] / MIB:,.0f} MiB",
     }
@@ -29,6 +30,12 @@ def print_summary(report: dict) -> None:
     for name, value in rows.items():
         table.add_row(name, value)
     Console(stderr=True, highlight=False).print(table)
+
+
+def _device(device: dict, experts: dict) -> str:
+    """Where experts are computed, and how they get there."""
+    on_host = f", {experts['experts_on_host']:,} experts computed on the host" if device.get("placement") else ""
+    return f"{device['name']}, records come {device['path']}{on_host}"
 
 
 def _bound(busy: dict) -> str:

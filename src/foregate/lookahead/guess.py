@@ -1,6 +1,7 @@
 """The guess of Mixtral-offloading: the next layer's router on this layer's router input, no norm in between."""
 
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -21,12 +22,20 @@ class NextRouter:
         for layer, router in enumerate(self._routers):
             self._watch(layer, router)
 
+    def take(self, layer: int) -> tuple[torch.Tensor, ...]:
+        """The router input of the last token of the call of `layer` to come, where the model computed it."""
+        return (self._input.pop(layer)[None],)
+
+    def give(self, layer: int, seen: Sequence[torch.Tensor]) -> None:
+        """The same in host memory."""
+        self._input[layer] = seen[0][0]
+
     def routed(self, layer: int, chosen: torch.Tensor) -> None:
         """Nothing to learn from."""
 
     def predict(self, layer: int) -> Prediction | None:
         """The next layer's scores as if they were probabilities: only their order counts."""
-        start, hidden = time.perf_counter(), self._input.pop(layer)
+        start, hidden = time.perf_counter(), self._input.pop(layer).float()
         if layer + 1 == len(self._routers):
             return None
         router = self._routers[layer + 1]
@@ -39,6 +48,6 @@ class NextRouter:
     def _watch(self, layer: int, router: Router) -> None:
         def note(module: torch.nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
             hidden = router_input(args, kwargs)
-            self._input[layer] = hidden.reshape(-1, hidden.shape[-1])[-1].float()
+            self._input[layer] = hidden.reshape(-1, hidden.shape[-1])[-1]
 
         router.module.register_forward_hook(note, with_kwargs=True)

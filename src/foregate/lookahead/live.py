@@ -6,7 +6,7 @@ for one token here: everything that reads the router's input is one product, the
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -50,6 +50,15 @@ class LiveGates:
             self._watch(layer, router)
         model.get_input_embeddings().register_forward_hook(self._embedded)
 
+    def take(self, layer: int) -> tuple[torch.Tensor, ...]:
+        """Router inputs and scores of the call of `layer` to come, where the model computed them."""
+        return self._input.pop(layer)
+
+    def give(self, layer: int, seen: Sequence[torch.Tensor]) -> None:
+        """The same in host memory."""
+        hidden, scores = seen
+        self._input[layer] = hidden, scores
+
     def routed(self, layer: int, chosen: torch.Tensor) -> None:
         """The router of `layer`, just watched, chose these experts: int [tokens, top_k]."""
         scores = self._input[layer][1]
@@ -84,7 +93,7 @@ class LiveGates:
         hidden = output.reshape(-1, output.shape[-1])
         if len(hidden) == 1 and self._engine.listens:
             start, last = time.perf_counter(), len(self._recent)
-            self._engine.expect(self._prediction(last, token_source(hidden), last - 1, start))
+            self._engine.expect(self._prediction(last, token_source(hidden.cpu()), last - 1, start))
 
 
 class PackedGate:

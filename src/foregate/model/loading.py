@@ -17,13 +17,17 @@ from foregate.checkpoint.source import GATES_FILE, load_config
 from foregate.checkpoint.store import MatrixInfo, Store
 from foregate.checkpoint.tensors import TensorEntry, read_header
 from foregate.config import EngineConfig
-from foregate.engine import Engine
+from foregate.device_engine import DeviceEngine
+from foregate.engine import Engine, HostEngine
 from foregate.errors import ForegateError, first_line
 from foregate.kernels import set_threads
-from foregate.memory.budget import divide
+from foregate.memory.budget import Budget, divide
+from foregate.memory.device import Device
+from foregate.memory.devices import open_device
 from foregate.memory.process import return_unused_memory
 from foregate.model.experts import streamed_experts
 from foregate.model.linear import read_matrices, with_quantized_linears
+from foregate.model.on_device import backbone_bytes, check_room, compute_dtype, dequantize_linears, move
 from foregate.schedule import Route
 
 if TYPE_CHECKING:
@@ -45,22 +49,29 @@ def load(
     kernel: str = EngineConfig.kernel,
     exact: bool = EngineConfig.exact,
     link_bandwidth: float | None = EngineConfig.link_bandwidth,
+    link_latency: float = EngineConfig.link_latency,
+    device: str = EngineConfig.device,
+    host_memory: str | int | None = EngineConfig.host_memory,
     gates: "LookaheadGates | None" = None,
     future: Sequence[Route] | None = None,
 ) -> PreTrainedModel:
     """Load a store as a transformers model whose experts are read on demand.
 
-    memory: a share of the experts ("25%") or bytes ("8GiB", 8589934592) for backbone and experts together.
+    memory: a share of the experts ("25%") or bytes ("8GiB", 8589934592) for backbone and experts together, on `device`.
+    device: "cpu", "cuda", "auto" (cuda where there is a card, otherwise cpu), or "simulated": host memory standing for a
+    device's. On a device the backbone is in bfloat16 (simulated: float32), records lie in host memory, or as many of them
+    as `host_memory` ("16GiB") has room for, and experts that are not resident are computed where that is done first.
     policy: a name of foregate.schedule.POLICIES, or "auto": "lookahead" where the store has gates, otherwise "lru".
     readers: threads that read; threads: threads that compute, for the whole process, 0 is one per core.
-    kernel: "auto", "cpu" (native) or "reference" (PyTorch). exact: keep activations in float32 where the native kernel
-    would round them to int8, with quantized experts. link_bandwidth: bytes/s, to read as if from a slower disk.
+    kernel: "auto", "cpu" (native), "triton" (on a device) or "reference" (PyTorch). exact: keep activations in float32
+    where the native kernel would round them to int8, with quantized experts, and compute all experts on the device.
+    link_bandwidth, link_latency: bytes/s, and seconds a record, to load as if over a slower link.
     gates: to use instead of the store's, also by "mixtral-offloading", which otherwise guesses with the next layer's
     router. future: every call of a layer to come, for the bounds (foregate.schedule.BOUNDS).
 
-    Computation is on the CPU. The result is an ordinary model: `generate`, pipelines and evaluation harnesses work on
-    it; its `foregate` attribute is the engine. Raises ForegateError on a damaged store, a budget that is too small, an
-    unknown policy or an impossible number of threads.
+    The result is an ordinary model: `generate`, pipelines and evaluation harnesses work on it; its `foregate` attribute
+    is the engine. Raises ForegateError on a damaged store, a budget that is too small or too large for the device, an
+    unknown policy or device, or an impossible number of threads.
     """
     if not 0 <= threads <= MAX_THREADS or not 1 <= readers <= MAX_THREADS:
         raise ForegateError(f"threads={threads}, readers={readers}: 0 or 1 to {MAX_THREADS} are possible")
@@ -69,27 +80,28 @@ def load(
     _check_match(opened, architecture)
     if threads:
         set_threads(threads)
-    budget = divide(str(memory), opened, _backbone_bytes(opened, architecture))
+    target = open_device(device, link_bandwidth, link_latency)
+    budget = _divide(str(memory), opened, architecture, target)
     if policy == AUTO:
         policy = LOOKAHEAD if (opened.path / GATES_FILE).is_file() else LRU
     if gates is None and policy in (LOOKAHEAD, LOOKAHEAD_BOUND):
         from foregate.lookahead.gates import LookaheadGates  # other policies need none of that in memory
 
         gates = LookaheadGates.load(opened.path / GATES_FILE, opened.layers)
-    engine = Engine(
-        opened,
-        budget,
-        policy=policy,
-        readers=readers,
-        kernel=kernel,
-        exact=exact,
-        link_bandwidth=link_bandwidth,
-        future=future,
-    )
+    settings = {"policy": policy, "readers": readers, "kernel": kernel, "exact": exact, "future": future}
+    settings |= {"link_bandwidth": link_bandwidth, "link_latency": link_latency}
+    engine: HostEngine | DeviceEngine
+    if target is None:
+        engine = HostEngine(opened, budget, **settings)
+    else:
+        engine = DeviceEngine.open(opened, budget, target, host_memory, dtype=compute_dtype(target), **settings)
     try:
         model = _build_backbone(opened, architecture)
         _connect(model, opened, engine)
         _follow(engine, model, gates)
+        if isinstance(engine, DeviceEngine):
+            move(model, engine.device, engine.dtype)
+            engine.fill()
     except BaseException:
         engine.close()
         raise
@@ -98,6 +110,14 @@ def load(
     return_unused_memory()  # what loading needed would otherwise stay with the process
     weakref.finalize(model, engine.close)
     return model
+
+
+def _divide(memory: str, store: Store, architecture: Architecture, target: Device | None) -> Budget:
+    if target is None:
+        return divide(memory, store, _backbone_bytes(store, architecture))
+    budget = divide(memory, store, backbone_bytes(architecture, compute_dtype(target)))
+    check_room(budget, target, store.top_k)
+    return budget
 
 
 def _follow(engine: Engine, model: PreTrainedModel, gates: "LookaheadGates | None") -> None:
@@ -156,7 +176,9 @@ def _connect(model: PreTrainedModel, store: Store, engine: Engine) -> None:
     for index, module in enumerate(modules):
         module.connect(engine, index)
     engine.connect(modules)
-    if store.matrices:
+    if isinstance(engine, DeviceEngine):
+        dequantize_linears(model, store)
+    elif store.matrices:
         for info, matrix in zip(store.matrices, read_matrices(store), strict=True):
             model.get_submodule(info.module).connect(matrix, engine.kernel.product(matrix, engine.exact))
 

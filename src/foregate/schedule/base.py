@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 ExpertKey = tuple[int, int]  # (MoE layer, expert)
 
+LATER = 32  # experts computed on the host that are remembered, to be loaded when the link is idle
+
 
 @dataclass(frozen=True)
 class Load:
@@ -133,6 +135,7 @@ class Scheduler(ABC):
         self._queue: deque[ExpertKey] = deque()  # routed, waiting for a slot
         self._unused: set[ExpertKey] = set()  # fetched ahead and not routed since
         self._prefetch_began = 0.0  # the latest
+        self._computed_on_host: deque[ExpertKey] = deque(maxlen=LATER)  # the latest last
         self.prefetches = Prefetches()
         self.placement: Placement | None = None  # None: every expert is computed on the device
 
@@ -148,6 +151,7 @@ class Scheduler(ABC):
         keys = [(layer, expert) for expert in experts]
         on_host = self._place(keys, tokens, now)
         if on_host:
+            self._computed_on_host += on_host
             keys = [key for key in keys if key not in on_host]
         self._needed.update(keys)
         actions: list[Action] = [Compute(key) for key in on_host]
@@ -251,6 +255,13 @@ class Scheduler(ABC):
 
     def next_prefetch(self, now: float) -> ExpertKey | None:
         """The record to fetch ahead next, or None. It is asked when the link has room; `prefetch_slot` finds a slot."""
+        return None
+
+    def load_for_later(self) -> ExpertKey | None:
+        """The latest record that was computed on the host and is still absent, once: what missed may miss again."""
+        while self._computed_on_host:
+            if (key := self._computed_on_host.pop()) not in self._slot_of:
+                return key
         return None
 
     def prefetch_slot(self, key: ExpertKey) -> int | None:

@@ -111,7 +111,7 @@ class LookaheadScheduler(Scheduler):
     def next_prefetch(self, now: float) -> ExpertKey | None:
         while self._candidates and self._candidates[-1] in self._slot_of:
             self._candidates.pop()
-        return self._candidates[-1] if self._candidates else None
+        return self._candidates[-1] if self._candidates else self.load_for_later()
 
     def prefetch_slot(self, key: ExpertKey) -> int | None:
         if not self._free:

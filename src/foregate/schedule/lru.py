@@ -1,4 +1,7 @@
-"""`lru`: one pool of slots for all layers, the least recently used record leaves first."""
+"""`lru`: one pool of slots for all layers, the least recently used record leaves first.
+
+What placement computed on the host counts as used: it is loaded when the link is idle.
+"""
 
 from collections import OrderedDict
 
@@ -21,3 +24,12 @@ class LruScheduler(Scheduler):
 
     def victim(self) -> ExpertKey | None:
         return next((key for key in self._recency if self.evictable(key)), None)
+
+    def next_prefetch(self, now: float) -> ExpertKey | None:
+        return self.load_for_later()
+
+    def prefetch_slot(self, key: ExpertKey) -> int | None:
+        slot = self.demand_slot(key)
+        if slot is not None:
+            self.used(key)
+        return slot

@@ -12,6 +12,10 @@ from typing import Any
 from foregate.schedule.base import ExpertKey
 from foregate.schedule.estimates import Average
 
+TRUST = 8  # observations that the measurement at the start counts as
+SURPRISE = 4.0  # times the estimate: what took longer was disturbed, and counts as this
+RETRY = 256  # divisions that gave the host nothing, after which what was observed of it is forgotten
+
 
 @dataclass(frozen=True)
 class Costs:
@@ -30,9 +34,8 @@ class Placement:
 
     def __init__(self, costs: Costs, reserve: Callable[[ExpertKey], bool]) -> None:
         self._costs, self._reserve = costs, reserve
-        self._load, self._host_pace = Average(), Average()
-        self._load.add(costs.load)
-        self._host_pace.add(1.0)  # of the host: seconds that it took, by those that `costs` foretold
+        self._load, self._pace = _started(costs.load), _started(1.0)  # pace: seconds the host took, by those foretold
+        self._idle = 0  # divisions since the host had something to do
 
     @property
     def load_seconds(self) -> float:
@@ -41,15 +44,16 @@ class Placement:
 
     def host_seconds(self, tokens: float) -> float:
         """Of one expert for so many tokens on the host."""
-        return self._foretold(tokens) * self._host_pace.value
+        return self._foretold(tokens) * self._pace.value
 
     def loaded(self, seconds: float) -> None:
         """A record has come; the link worked `seconds` on it."""
-        self._load.add(seconds)
+        self._load.add(min(seconds, SURPRISE * self.load_seconds))
 
     def computed(self, experts: int, tokens: float, seconds: float) -> None:
         """The host has computed so many experts, each for so many tokens on average."""
-        self._host_pace.add(seconds / (experts * self._foretold(tokens)))
+        pace = seconds / (experts * self._foretold(tokens))
+        self._pace.add(min(pace, SURPRISE * self._pace.value))
 
     def split(self, misses: Mapping[ExpertKey, float], tokens: float) -> list[ExpertKey]:
         """Those of the misses that the host is to compute.
@@ -67,6 +71,9 @@ class Placement:
             if misses[key] > 0 and self._reserve(key):
                 chosen.append(key)
                 link, host = link - misses[key], host + each
+        self._idle = 0 if chosen else self._idle + 1
+        if self._idle == RETRY:
+            self._pace, self._idle = _started(1.0), 0
         return chosen
 
     def facts(self) -> dict[str, Any]:
@@ -79,3 +86,10 @@ class Placement:
 
     def _foretold(self, tokens: float) -> float:
         return self._costs.host + self._costs.host_token * max(tokens - 1.0, 0.0)
+
+
+def _started(value: float) -> Average:
+    average = Average()
+    for _ in range(TRUST):
+        average.add(value)
+    return average
