@@ -163,7 +163,8 @@ def measure(
     )
     try:
         with closing(model.foregate):
-            if not (model.foregate.direct_reads or allow_buffered):
+            from_disk = not place.on_device or place.host_memory is not None
+            if from_disk and not (model.foregate.direct_reads or allow_buffered):
                 raise ForegateError(
                     f"{store}: this file system reads through the page cache, so this would not measure the disk: move "
                     f"the store, or allow it with --allow-buffered"
