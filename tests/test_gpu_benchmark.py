@@ -10,7 +10,16 @@ SMALL = "--models mixtral --bits 4 --memory 25% --tokens 2 --repeats 1 --prompt-
 
 
 def test_dry_run(tmp_path: Path) -> None:
-    command = [sys.executable, str(SCRIPT), "--dry-run", *SMALL, "--work", str(tmp_path), "--out", str(tmp_path / "out")]
+    command = [
+        sys.executable,
+        str(SCRIPT),
+        "--dry-run",
+        *SMALL,
+        "--work",
+        str(tmp_path),
+        "--out",
+        str(tmp_path / "out"),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
     written, page = sorted((tmp_path / "out").iterdir())

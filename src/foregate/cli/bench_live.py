@@ -13,10 +13,17 @@ from foregate.cli.units import parse_bandwidths, split_list
 from foregate.config import BenchConfig, EngineConfig
 
 if TYPE_CHECKING:
+    from foregate.bench.live import Place
     from foregate.bench.policies import Bench
 
 Memory = Annotated[str, typer.Option(metavar="SIZES", help="Budgets, as for generate, joined by commas.")]
-Policies = Annotated[str, typer.Option(metavar="NAMES", help="Policies, joined by commas.")]
+Policies = Annotated[
+    str,
+    typer.Option(
+        metavar="NAMES",
+        help="Policies, joined by commas; with a device also lookahead+host: missed experts may be computed on the host.",
+    ),
+]
 Links = Annotated[
     str | None,
     typer.Option(
@@ -44,6 +51,8 @@ def policies(
     warm_up: WarmUp = BenchConfig.warm_up,
     repeats: Repeats = BenchConfig.repeats,
     threads: options.Threads = EngineConfig.threads,
+    device: options.Device = EngineConfig.device,
+    host_memory: options.HostMemory = EngineConfig.host_memory,
     allow_buffered: Buffered = False,
     report: options.Report = None,
     plot: options.Plot = None,
@@ -52,12 +61,14 @@ def policies(
     yes: options.Yes = False,
 ) -> None:
     """Compare policies on this machine: decoding speed without the prompt, interleaved, with the bounds beside them."""
+    from foregate.bench.live import Place
     from foregate.bench.plots import plot_speeds
     from foregate.bench.policies import bench_policies
     from foregate.cli.models import open_model
 
     _check_outputs(report, plot)
-    bench = _bench(open_model(model, bits, yes), prompts, tokens, warm_up, threads, allow_buffered)
+    place = Place(device, host_memory, threads)
+    bench = _bench(open_model(model, bits, yes), prompts, tokens, warm_up, place, allow_buffered)
     cells = bench_policies(
         bench, split_list(policies, "--policies"), split_list(memory, "--memory"), _links(link_bandwidth), repeats
     )
@@ -82,15 +93,19 @@ def paper(
     warm_up: WarmUp = BenchConfig.warm_up,
     repeats: Repeats = BenchConfig.repeats,
     threads: options.Threads = EngineConfig.threads,
+    device: options.Device = EngineConfig.device,
+    host_memory: options.HostMemory = EngineConfig.host_memory,
     allow_buffered: Buffered = False,
     report: options.Report = None,
     as_json: options.Json = False,
 ) -> None:
     """Repeat the paper's comparison: Mixtral-offloading, then its method one step at a time, at each bit width."""
+    from foregate.bench.live import Place
     from foregate.bench.paper import bench_paper
 
     _check_outputs(report)
-    benches = [_bench(store, prompts, tokens, warm_up, threads, allow_buffered) for store in stores]
+    place = Place(device, host_memory, threads)
+    benches = [_bench(store, prompts, tokens, warm_up, place, allow_buffered) for store in stores]
     cells = bench_paper(benches, split_list(memory, "--memory"), _links(link_bandwidth), repeats)
     _collect(cells, _settings(benches, repeats), report, as_json)
 
@@ -111,7 +126,7 @@ def validate(
     yes: options.Yes = False,
 ) -> None:
     """Compare the simulator with the engine: the same calls, on the machine that was measured while they ran."""
-    from foregate.bench.live import Script
+    from foregate.bench.live import Place, Script
     from foregate.bench.policies import Bench
     from foregate.bench.validate import validate as validated
     from foregate.cli.models import open_model
@@ -119,7 +134,8 @@ def validate(
     from foregate.report import deliver
 
     _check_outputs(report)
-    bench = Bench(open_model(model, bits, yes), Script((prompt,), tokens, warm_up), threads, allow_buffered, _announce)
+    place, script = Place(threads=threads), Script((prompt,), tokens, warm_up)
+    bench = Bench(open_model(model, bits, yes), script, place, allow_buffered, _announce)
     settings = split_list(policies, "--policies"), split_list(memory, "--memory"), _links(link_bandwidth)
     rows = list(validated(bench, *settings))
     if not as_json:
@@ -135,7 +151,7 @@ COMMANDS = {
 }
 
 
-def _bench(store: Path, prompts: Path | None, tokens: int, warm_up: int, threads: int, allow_buffered: bool) -> Bench:
+def _bench(store: Path, prompts: Path | None, tokens: int, warm_up: int, place: Place, allow_buffered: bool) -> Bench:
     from foregate import ForegateError
     from foregate.bench import live
     from foregate.bench.policies import Bench
@@ -146,7 +162,7 @@ def _bench(store: Path, prompts: Path | None, tokens: int, warm_up: int, threads
             texts = tuple(line for line in prompts.read_text("utf-8").splitlines() if line.strip())
         except UnicodeDecodeError:
             raise ForegateError(f"--prompts {prompts} is not UTF-8 text: convert it first") from None
-    return Bench(store, live.Script(texts, tokens, warm_up), threads, allow_buffered, _announce)
+    return Bench(store, live.Script(texts, tokens, warm_up), place, allow_buffered, _announce)
 
 
 def _links(text: str | None) -> list[float | None]:
@@ -171,10 +187,11 @@ def _collect(cells: Any, settings: dict[str, Any], report: Path | None, as_json:
 def _settings(benches: list[Bench], repeats: int) -> dict[str, Any]:
     import os
     import platform
+    from dataclasses import asdict
 
     first = benches[0]
     script = {"prompts": first.script.prompts, "tokens": first.script.tokens, "warm_up": first.script.warm_up}
-    machine = {"platform": platform.platform(), "cpus": os.cpu_count(), "threads": first.threads}
+    machine = {"platform": platform.platform(), "cpus": os.cpu_count(), **asdict(first.place)}
     return {
         "stores": [bench.store.name for bench in benches],
         "script": script,
