@@ -45,6 +45,7 @@ def run(
     exact: bool = typer.Option(EngineConfig.exact, help=EXACT_HELP),
     device: str = typer.Option(EngineConfig.device, help=DEVICE_HELP),
     host_memory: str | None = typer.Option(EngineConfig.host_memory, help=HOST_MEMORY_HELP),
+    eager: bool = typer.Option(EngineConfig.eager, help="On a card, do not capture the backbone's decode steps."),
     link_bandwidth: str | None = typer.Option(None, help="Load records as if over a link this fast: 250MB, 1GB/s."),
     link_latency: str | None = typer.Option(None, help="Seconds more for each record on the link: 50us, 1.5ms."),
     temperature: float = typer.Option(GenerateConfig.temperature, help="0 is greedy; higher is more random."),
@@ -60,7 +61,7 @@ def run(
         store,
         prompt,
         {"memory": memory, "policy": policy, "threads": threads, "kernel": kernel, "exact": exact}
-        | {"device": device, "host_memory": host_memory}
+        | {"device": device, "host_memory": host_memory, "eager": eager}
         | link_settings(link_bandwidth, link_latency),
         {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "seed": seed},
         report,
