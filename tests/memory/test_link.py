@@ -440,13 +440,13 @@ def test_a_record_takes_the_latency_longer(make_link: MakeLink) -> None:
         link.submit(Load((0, expert), expert))
     listener.wait(5)
     assert time.perf_counter() - start >= 5 * 0.02
-    assert link.busy_seconds >= 5 * 0.02
 
 
+@pytest.mark.parametrize("pace", [{"bandwidth": 1e9}, {"latency": 1e-4}])
 def test_a_paced_link_is_serial_even_when_a_read_is_slow(
-    opened: Store, make_link: MakeLink, monkeypatch: pytest.MonkeyPatch
+    opened: Store, make_link: MakeLink, monkeypatch: pytest.MonkeyPatch, pace: dict[str, float]
 ) -> None:
-    link, listener = make_link(bandwidth=1e9, chunk_bytes=1 << 20)
+    link, listener = make_link(chunk_bytes=1 << 20, **pace)
     slow_down_first_record(opened, monkeypatch)
     for slot, key in enumerate([(0, 0), (0, 1), (0, 2)]):
         link.submit(Load(key, slot))

@@ -1,4 +1,4 @@
-"""Places beside an obvious reference: a list of keys, least recently used first."""
+"""Places beside an obvious reference: every request remembered, and added up anew for each record that has to go."""
 
 from contextlib import ExitStack
 
@@ -6,53 +6,76 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from foregate.memory.places import Places
+from foregate.memory.places import HALF_LIFE, Places
 
 ROOM = 3
-KEYS = st.tuples(st.just(0), st.integers(0, 5))
-STEPS = st.tuples(st.sampled_from(["use", "keep", "find", "let go"]), KEYS)
+KEYS = [(0, n) for n in range(6)]
+STEPS = st.tuples(st.sampled_from(["use", "use", "keep", "ask", "let go"]), st.sampled_from(KEYS))
 
 
-@given(st.lists(STEPS, max_size=60))
-def test_the_least_recently_used_that_is_not_in_use_makes_room(steps: list[tuple]) -> None:
-    places, order, kept = Places([torch.empty(1)] * ROOM), [], []
+class Slow:
+    """The reference."""
 
-    def expect_used(key: tuple[int, int]) -> None:
-        if key in order:
-            order.remove(key)
-        elif len(order) == ROOM:
-            order.remove(next(other for other in order if all(other != name for name, _ in kept)))
-        order.append(key)
+    def __init__(self) -> None:
+        self.requests: list[tuple[int, int]] = []
+        self.inside: set[tuple[int, int]] = set()
 
+    def count(self, key: tuple[int, int]) -> float:
+        ages = (len(self.requests) - when for when, other in enumerate(self.requests) if other == key)
+        return sum(2 ** (-age / (HALF_LIFE * ROOM)) for age in ages)
+
+    def use(self, key: tuple[int, int], kept: set[tuple[int, int]]) -> None:
+        if key not in self.inside and len(self.inside) == ROOM:
+            self.inside.remove(min(self.inside - kept, key=self.count))
+        self.inside.add(key)
+
+
+@given(st.lists(STEPS, max_size=80))
+def test_the_least_often_asked_for_that_is_not_in_use_makes_room(steps: list[tuple]) -> None:
+    places, slow = Places([torch.empty(1)] * ROOM), Slow()
+    kept: list[tuple[tuple[int, int], ExitStack]] = []
     with ExitStack() as at_the_end:
         for step, key in steps:
+            names = {name for name, _ in kept}
             if step == "let go" and kept:
                 kept.pop()[1].close()
-            elif step == "find":
-                with places.find(key) as place:
-                    assert (place is not None) == (key in order)
-                if key in order:
-                    expect_used(key)
-            elif step in ("use", "keep") and (key in order or len({name for name, _ in kept}) < ROOM):
-                expect_used(key)
+            if step in ("let go", "use", "keep") and (len(names | {key}) > ROOM or step == "let go"):
+                continue
+            places.asked(key)
+            slow.requests.append(key)
+            if step in ("use", "keep"):
+                slow.use(key, names)
                 uses = at_the_end.enter_context(ExitStack())
-                place = uses.enter_context(places.use(key))
-                place.checked = True
+                uses.enter_context(places.use(key)).checked = True
                 if step == "keep":
                     kept.append((key, uses))
                 else:
                     uses.close()
-            assert {(0, n) for n in range(6) if (0, n) in places} == set(order)
+            assert {key for key in KEYS if key in places} == slow.inside
+
+
+def test_counting_goes_on_for_ever() -> None:
+    places = Places([torch.empty(1)])
+    for _ in range(20_000):  # thousands of half-lives
+        places.asked((0, 1))
+    for key in ((0, 0), (0, 1), (0, 0)):
+        with places.use(key) as place:
+            assert place.key == key
 
 
 def test_a_place_knows_which_pieces_it_holds() -> None:
-    places = Places([torch.empty(1)])
+    places, page = Places([torch.empty(1)]), 4096
+    with places.find((0, 0)) as place:
+        assert place is None
     with places.use((0, 0)) as place:
-        place.pieces[8] = 8
-        place.pieces[0] = 8
-        assert place.holds(0, 8) and place.holds(8, 8) and not place.holds(16, 4)
-        assert place.is_whole(16) and not place.is_whole(20)
-        place.pieces[0] = 20  # read again, in one
-        assert place.holds(16, 4) and place.is_whole(20)
+        places.add(place, 0, 2 * page)
+        places.add(place, page, 2 * page)  # however a record is cut
+        places.add(place, 4 * page, page)
+        assert place.holds(0, 3 * page) and place.holds(2 * page, page) and place.holds(4 * page, page)
+        assert not place.holds(3 * page, page) and not place.holds(0, 5 * page)
+        places.add(place, 0, 5 * page)
+        assert place.holds(0, 5 * page) and not place.holds(0, 6 * page)
+    with places.find((0, 0)) as found:
+        assert found is place
     with places.use((0, 1)) as place:
-        assert not place.pieces and not place.checked
+        assert not place.holds(0, page) and not place.checked

@@ -19,7 +19,7 @@ BUFFER_BYTES = 1 << 30  # pinned at a time, so that what the system refuses is l
 class HostRecords:
     """Records of `store` in host memory of `device`, all of them or as many as `limit_bytes` has room for.
 
-    Those that do not fit stay on disk; each is read when it is wanted, in the place of the one not wanted for longest.
+    Those that do not fit stay on disk; each is read when it is wanted, in the place of one that is wanted less often.
     Any number of threads may ask at a time, but at most `readers` for pieces. Raises ForegateError if the experts file
     cannot be opened, if the memory cannot be had, or if the limit has no room for one record a reader.
     """
@@ -71,20 +71,26 @@ class HostRecords:
         A thread that holds records must not wait for a load: the load may wait for their room.
         """
         with self._places.find(key) as place:
-            yield place.memory[: self.record_bytes(key)] if place and place.checked else None
+            if place and place.checked:
+                self._places.asked(key)
+                yield place.memory[: self.record_bytes(key)]
+            else:
+                yield None
 
     @contextmanager
     def piece(self, key: ExpertKey, start: int, nbytes: int) -> Iterator[torch.Tensor]:
         """Bytes start .. start + nbytes of a record in host memory, where they stay within the block; not checked yet.
 
-        What is not there is read, which takes until it is; both ends at multiples of 4096, and a record always cut in
-        the same way, or not at all. Raises ForegateError, which names the record, when it cannot be read.
+        What is not there is read, which takes until it is. Both ends are multiples of 4096. Raises ForegateError, which
+        names the record, when it cannot be read.
         """
+        if start == 0:
+            self._places.asked(key)
         with self._places.use(key) as place:
             piece = place.memory[start : start + nbytes]
             if not place.holds(start, nbytes):
                 self._read(key, start, piece)
-                place.pieces[start] = nbytes
+                self._places.add(place, start, nbytes)
             yield piece
 
     def check(self, key: ExpertKey) -> bool:
@@ -95,13 +101,13 @@ class HostRecords:
         """
         with self._places.find(key) as place:
             nbytes = self.record_bytes(key)
-            if place is None or not place.is_whole(nbytes):
+            if place is None or not place.holds(0, nbytes):
                 return not self._file.changed(key)
             if not place.checked:
                 try:
                     self._file.check(key, _view(place.memory[:nbytes]))
                 except ForegateError:
-                    place.pieces.clear()  # to be read again by the next who asks
+                    place.present = 0  # to be read again by the next who asks
                     raise
                 place.checked = True
             return True
