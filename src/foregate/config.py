@@ -39,6 +39,7 @@ class EngineConfig:
     link_bandwidth: float | None = None  # bytes/s: records are loaded as if over a slower link
     link_latency: float = 0.0  # seconds that each record takes beside its bytes
     device: str = "cpu"  # cpu, cuda, simulated, or auto for cuda where there is a card
+    eager: bool = False  # do not capture the backbone's decode steps on a card
     host_memory: str | None = None  # bytes for records, where experts are computed on a device; None is all of them
 
 

@@ -142,10 +142,11 @@ class DeviceEngine(Engine):
     def device_facts(self) -> dict[str, Any]:
         bits = self.store.manifest.backbone_bits
         matrices = f", {bits}-bit matrices dequantized" if self.store.matrices else ""
+        steps = "eager" if self.backbone is None else self.backbone.note
         return {
             "name": self.device.name,
             "path": self._link.path,
-            "backbone": str(self.dtype).removeprefix("torch.") + matrices,
+            "backbone": f"{str(self.dtype).removeprefix('torch.')}{matrices}, {steps}",
             "records_in_host_memory": self._records.slots,
             "placement": None if self._placement is None else self._placement.facts(),
         }

@@ -44,6 +44,14 @@ class Predictor(Protocol):
         """The same in host memory, of the last tokens alone: what `routed`, called next, is about."""
 
 
+class Captured(Protocol):
+    """A backbone whose decode steps were captured: its KV cache has to stay where it is."""
+
+    @property
+    def note(self) -> str:
+        """What of it was captured, and what runs eagerly."""
+
+
 class Engine(ABC):
     """Ties scheduler, slots, link and kernel together for one model. An implementation computes.
 
@@ -68,6 +76,7 @@ class Engine(ABC):
         self.store, self.budget, self.policy, self.exact = store, budget, policy, exact
         self.kernel, self.kernel_note = choose_kernel(kernel)
         self.recorder = Recorder([layer.num_experts for layer in store.layers])
+        self.backbone: Captured | None = None  # None: it runs eagerly
         self._readers, self._future = readers, future
         self._link_bandwidth, self._link_latency = link_bandwidth, link_latency
         self._predictor: Predictor | None = None

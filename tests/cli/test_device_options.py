@@ -23,7 +23,7 @@ def test_the_report_says_where_experts_were_computed(demo_store: Path, tmp_path:
         assert status == 0
         assert text.startswith("And God said")
         device, experts = (json.loads(report.read_text())[part] for part in ("device", "experts"))
-        assert (device["name"], device["backbone"]) == ("simulated", "float32")
+        assert (device["name"], device["backbone"]) == ("simulated", "float32, eager")
         assert device["records_in_host_memory"] < 96
         assert (experts["experts_on_host"] > 0) is (name == "placed")
         assert bool(device["placement"]) is (name == "placed")

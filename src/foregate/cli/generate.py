@@ -26,6 +26,7 @@ def run(
     exact: options.Exact = EngineConfig.exact,
     device: options.Device = EngineConfig.device,
     host_memory: options.HostMemory = EngineConfig.host_memory,
+    eager: options.Eager = EngineConfig.eager,
     link_bandwidth: options.LinkBandwidth = None,
     link_latency: options.LinkLatency = None,
     temperature: options.Temperature = GenerateConfig.temperature,
@@ -51,7 +52,7 @@ def run(
         open_model(model, bits, yes),
         prompt,
         {"memory": memory, "policy": policy, "threads": threads, "kernel": kernel, "exact": exact}
-        | {"device": device, "host_memory": host_memory}
+        | {"device": device, "host_memory": host_memory, "eager": eager}
         | link_settings(link_bandwidth, link_latency),
         {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "seed": seed},
         report,

@@ -95,6 +95,7 @@ HostMemory = Annotated[
         help="With a device: bytes of host memory for records (16GiB); the rest stays on disk. By default all of them.",
     ),
 ]
+Eager = Annotated[bool, typer.Option("--eager", help="On a card, do not capture the backbone's decode steps.")]
 LinkBandwidth = Annotated[
     str | None, typer.Option(metavar="SPEED", help="Load records as if over a link this fast: 250MB, 1GB/s.")
 ]

@@ -69,6 +69,7 @@ def generate(
     inputs = _encode(tokenizer, prompt, getattr(model.config.get_text_config(), "max_position_embeddings", None))
     streamer = _TimedStreamer(tokenizer, emit)
     sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature else {"do_sample": False}
+    cache = {} if model.foregate.backbone is None else {"cache_implementation": "static", "disable_compile": True}
     prompt_tokens = inputs["input_ids"].shape[1]
     pieces = piece_size(model, prompt_tokens, prompt_piece)
     set_seed(seed)
@@ -84,6 +85,7 @@ def generate(
             prefill_chunk_size=pieces,
             num_beams=1,  # a store's own defaults may ask for beams, which cannot be streamed
             **sampling,
+            **cache,
         )
     return Generation(
         text=tokenizer.decode(output[0, prompt_tokens:], skip_special_tokens=True),

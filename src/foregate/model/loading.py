@@ -27,7 +27,7 @@ from foregate.memory.devices import open_device
 from foregate.memory.process import return_unused_memory
 from foregate.model.experts import streamed_experts
 from foregate.model.linear import read_matrices, with_quantized_linears
-from foregate.model.on_device import backbone_bytes, check_room, compute_dtype, dequantize_linears, move
+from foregate.model.on_device import backbone_bytes, capture, check_room, compute_dtype, dequantize_linears, move
 from foregate.schedule import AUTO, GATES, NEXT_ROUTER, Route, told_by
 
 if TYPE_CHECKING:
@@ -51,6 +51,7 @@ def load(
     link_latency: float = EngineConfig.link_latency,
     device: str = EngineConfig.device,
     host_memory: str | int | None = EngineConfig.host_memory,
+    eager: bool = EngineConfig.eager,
     gates: "LookaheadGates | None" = None,
     future: Sequence[Route] | None = None,
 ) -> PreTrainedModel:
@@ -60,6 +61,7 @@ def load(
     device: "cpu", "cuda", "auto" (cuda where there is a card, otherwise cpu), or "simulated": host memory standing for a
     device's. On a device the backbone is in bfloat16 (simulated: float32), records lie in host memory, or as many of them
     as `host_memory` ("16GiB") has room for, and experts that are not resident are computed where that is done first.
+    eager: do not capture the backbone's decode steps on a card, which takes a while at the first ones.
     policy: a name of foregate.schedule.POLICIES, yours among them (foregate.schedule.register), or "auto": "lookahead"
     where the store has gates, otherwise "lru".
     readers: threads that read; threads: threads that compute, for the whole process, 0 is one per core.
@@ -101,6 +103,7 @@ def load(
         _follow(engine, model, gates)
         if isinstance(engine, DeviceEngine):
             move(model, engine.device, engine.dtype)
+            engine.backbone = None if eager else capture(model, engine.device)
             engine.fill()
     except BaseException:
         engine.close()

@@ -10,6 +10,7 @@ from foregate.errors import ForegateError
 from foregate.memory.budget import Budget
 from foregate.memory.device import Device
 from foregate.model.linear import read_matrices
+from foregate.model.regions import Regions, can_be_captured
 
 
 def compute_dtype(device: Device) -> torch.dtype:
@@ -66,6 +67,13 @@ def move(model: PreTrainedModel, device: Device, dtype: torch.dtype) -> None:
         for name, buffer in module.named_buffers(recurse=False):
             module._buffers[name] = buffer.to(device.torch_device)
     model.config.dtype = dtype
+
+
+def capture(model: PreTrainedModel, device: Device) -> Regions | None:
+    """Have a backbone on a card captured for decode steps; None where it runs eagerly."""
+    if device.torch_device.type != "cuda" or not can_be_captured(model):
+        return None
+    return Regions(model, mode="reduce-overhead")
 
 
 def _stays_float32(model: PreTrainedModel, name: str) -> bool:
