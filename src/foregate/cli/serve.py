@@ -73,6 +73,7 @@ def run(
                 "exact": exact,
                 "device": device,
                 "host_memory": host_memory,
+                "eager": True,  # captured steps need one KV cache that stays where it is
             },
             address=Address(host, port),
             name=name or Path(model).expanduser().resolve().name,
