@@ -14,7 +14,8 @@ POLICY_HELP = (
     "demand (nothing is kept), mixtral-offloading or mixtral-offloading-code (the baselines); auto is lookahead where "
     "the store has gates, otherwise lru."
 )
-MEMORY_HELP = "A share of the experts (25%), or bytes for backbone and experts together (8GiB)."
+MEMORY_HELP = "A share of the experts (25%), or bytes for all that the process holds (8GiB); foregate plan shows them."
+CONTEXT_HELP = "Tokens that memory is planned for, prompt and reply together"
 
 THREADS_HELP = "Threads that compute; 0 is one per core."
 KERNEL_HELP = "What computes: cpu (native), reference (PyTorch), or auto, the faster that works here."
@@ -26,6 +27,7 @@ def run(
     prompt: str = typer.Option(..., help="Text to continue."),
     max_new_tokens: int = typer.Option(GenerateConfig.max_new_tokens, help="Stop after so many tokens."),
     memory: str = typer.Option(EngineConfig.memory, help=MEMORY_HELP),
+    context: int = typer.Option(None, min=1, help=f"{CONTEXT_HELP}; by default those of this run."),
     policy: str = typer.Option(EngineConfig.policy, help=POLICY_HELP),
     threads: int = typer.Option(EngineConfig.threads, help=THREADS_HELP),
     kernel: str = typer.Option(EngineConfig.kernel, help=KERNEL_HELP),
@@ -45,16 +47,22 @@ def run(
         {"memory": memory, "policy": policy, "threads": threads, "kernel": kernel, "exact": exact},
         {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "seed": seed},
         report,
+        context,
     )
 
 
 def generate_and_report(
-    store: Path, prompt: str, engine_settings: dict, generate_settings: dict, report_path: Path | None
+    store: Path,
+    prompt: str,
+    engine_settings: dict,
+    generate_settings: dict,
+    report_path: Path | None,
+    context: int | None = None,
 ) -> None:
     """Load, stream the text to stdout, print the summary to stderr and write the report if asked."""
     from foregate import load
     from foregate.checkpoint.store import Store
-    from foregate.model.generate import generate, load_tokenizer
+    from foregate.model.generate import count_tokens, generate, load_tokenizer
     from foregate.report import build_report, check_report_path, write_report
 
     if report_path is not None:
@@ -62,7 +70,9 @@ def generate_and_report(
     start = time.perf_counter()
     Store(store)  # what is wrong with the folder is said before anything is loaded
     tokenizer = load_tokenizer(str(store))
-    model = load(store, **engine_settings)
+    prompt_tokens = count_tokens(tokenizer, prompt)
+    context = context or prompt_tokens + max(generate_settings["max_new_tokens"], 1)
+    model = load(store, **engine_settings, context=context, prompt=prompt_tokens)
     load_seconds = time.perf_counter() - start
     result = generate(model, tokenizer, prompt, emit=_write, start=lambda: _write(prompt), **generate_settings)
     _write("\n")

@@ -18,6 +18,14 @@ def peak_memory_bytes() -> int:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
+def resident_bytes() -> int:
+    """The memory that this process holds resident now, in bytes."""
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+    except (OSError, ValueError):
+        return peak_memory_bytes()
+
+
 def return_unused_memory() -> None:
     """Give memory that is no longer used back to the system, where the C library can."""
     gc.collect()

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
 from foregate.checkpoint.architecture import Architecture, inspect_architecture
@@ -21,6 +21,8 @@ from foregate.engine import Engine
 from foregate.errors import ForegateError, first_line
 from foregate.kernels import set_threads
 from foregate.memory.budget import divide
+from foregate.memory.limits import host_memory
+from foregate.memory.needs import Session, needs
 from foregate.memory.process import return_unused_memory
 from foregate.model.experts import streamed_experts
 from foregate.model.linear import read_matrices, with_quantized_linears
@@ -39,6 +41,9 @@ def load(
     store: str | Path,
     *,
     memory: str | int = EngineConfig.memory,
+    context: int = EngineConfig.context,
+    prompt: int = EngineConfig.prompt,
+    sequences: int = 1,
     policy: str = EngineConfig.policy,
     readers: int = EngineConfig.readers,
     threads: int = EngineConfig.threads,
@@ -50,7 +55,10 @@ def load(
 ) -> PreTrainedModel:
     """Load a store as a transformers model whose experts are read on demand.
 
-    memory: a share of the experts ("25%") or bytes ("8GiB", 8589934592) for backbone and experts together.
+    memory: a share of the experts ("25%") or bytes ("8GiB", 8589934592) for all that this process holds: what it holds
+    now, backbone, KV cache, gates, the passes' transients, and with what is left as many experts as fit. context, prompt, sequences: what
+    that is to be enough for: tokens of prompt and reply together, of them those of a prompt that one pass takes in, and how
+    many such sequences at a time. Longer ones work, and take more. `foregate.plan` says beforehand where the bytes will go.
     policy: a name of foregate.schedule.POLICIES, or "auto": "lookahead" where the store has gates, otherwise "lru".
     readers: threads that read; threads: threads that compute, for the whole process, 0 is one per core.
     kernel: "auto", "cpu" (native) or "reference" (PyTorch). exact: keep activations in float32 where the native kernel
@@ -59,8 +67,8 @@ def load(
     router. future: every call of a layer to come, for the bounds (foregate.schedule.BOUNDS).
 
     Computation is on the CPU. The result is an ordinary model: `generate`, pipelines and evaluation harnesses work on
-    it; its `foregate` attribute is the engine. Raises ForegateError on a damaged store, a budget that is too small, an
-    unknown policy or an impossible number of threads.
+    it; its `foregate` attribute is the engine. Raises ForegateError on a damaged store, a budget that is too small or more
+    than there is, an unknown policy or an impossible number of threads.
     """
     if not 0 <= threads <= MAX_THREADS or not 1 <= readers <= MAX_THREADS:
         raise ForegateError(f"threads={threads}, readers={readers}: 0 or 1 to {MAX_THREADS} are possible")
@@ -69,9 +77,11 @@ def load(
     _check_match(opened, architecture)
     if threads:
         set_threads(threads)
-    budget = divide(str(memory), opened, _backbone_bytes(opened, architecture))
     if policy == AUTO:
         policy = LOOKAHEAD if (opened.path / GATES_FILE).is_file() else LRU
+    wanted = Session(context, prompt, sequences).within(context_limit(architecture.model.config))
+    needed = needs(architecture, opened, wanted, gates=gates_bytes(opened.path, policy))
+    budget = divide(str(memory), opened, needed, free=host_memory().free)
     if gates is None and policy in (LOOKAHEAD, LOOKAHEAD_BOUND):
         from foregate.lookahead.gates import LookaheadGates  # other policies need none of that in memory
 
@@ -178,12 +188,15 @@ def _has_linear(architecture: Architecture, matrix: MatrixInfo) -> bool:
     return isinstance(module, nn.Linear) and (module.out_features, module.in_features) == matrix.shape
 
 
-def _backbone_bytes(store: Store, architecture: Architecture) -> int:
-    """Bytes of everything but the experts: quantized matrices as packed, the rest in float32; tied weights count once."""
-    elsewhere = {f"{layer.name}.{name}" for layer in architecture.layers for name in layer.params}
-    elsewhere |= {f"{matrix.module}.weight" for matrix in store.matrices}
-    plain = (param for name, param in architecture.model.named_parameters() if name not in elsewhere)
-    return store.matrices_bytes + sum(param.numel() * torch.float32.itemsize for param in plain)
+def context_limit(config: PretrainedConfig) -> int | None:
+    """The most tokens that a model was made for; None if its configuration does not say."""
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
+
+
+def gates_bytes(folder: Path, policy: str) -> int:
+    """Bytes of the lookahead gates in a model's folder, which are held as they are stored; 0 if `policy` has no use for them."""
+    file = folder / GATES_FILE
+    return file.stat().st_size if policy in (LOOKAHEAD, LOOKAHEAD_BOUND) and file.is_file() else 0
 
 
 @contextlib.contextmanager
