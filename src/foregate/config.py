@@ -153,6 +153,22 @@ class PlanConfig:
 
 
 @dataclass(frozen=True)
+class DoctorConfig:
+    """How much `foregate doctor` measures, in bytes and seconds, and what it calls little."""
+
+    memory_bytes: int = 256 << 20  # larger than any cache
+    memory_seconds: float = 1.0
+    disk_bytes: int = 2 << 30  # at most, of a store's own file
+    scratch_bytes: int = 256 << 20  # of the file that is written where there is no store
+    disk_seconds: float = 3.0  # of reading, and of writing
+    latency_reads: int = 64
+    link_bytes: int = 256 << 20
+    slow_disk: float = 500e6  # bytes/s, below which a disk is named as the bottleneck
+    little_space: int = 5 << 30  # bytes free
+    little_locked: int = 1 << 30  # bytes that may be pinned
+
+
+@dataclass(frozen=True)
 class ServeConfig:
     """How a store is served over HTTP."""
 

@@ -110,7 +110,9 @@ class ExpertEncoder:
             inputs = self._calibration.inputs(layer, expert)
             return quantize_expert(params, experts, inputs, self._quantizer, self.bits, where)
         return {
-            name: param if keeps(param, self.bits) else self._quantizer.quantize(param, self.bits, name=f"{name} of {where}")
+            name: param
+            if keeps(param, self.bits)
+            else self._quantizer.quantize(param, self.bits, name=f"{name} of {where}")
             for name, param in params.items()
         }
 

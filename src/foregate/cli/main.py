@@ -10,10 +10,12 @@ from foregate.cli import (
     bench,
     convert,
     demo,
+    doctor,
     evaluate,
     evaluate_gates,
     generate,
     inflate,
+    plan,
     serve,
     simulate,
     trace,
@@ -27,7 +29,22 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for module in (demo, convert, verify, generate, serve, evaluate, trace, align, evaluate_gates, inflate, simulate):
+COMMANDS = (
+    demo,
+    doctor,
+    convert,
+    verify,
+    plan,
+    generate,
+    serve,
+    evaluate,
+    trace,
+    align,
+    evaluate_gates,
+    inflate,
+    simulate,
+)
+for module in COMMANDS:
     app.command(name=module.NAME)(module.run)
 app.add_typer(bench.app, name="bench")
 

@@ -18,7 +18,6 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-
 from foregate.checkpoint.architecture import Architecture
 
 SAMPLE = 64  # tokens of a short prompt; linear attention works on so many at once
@@ -45,7 +44,10 @@ def footprint(
     prompt = max(1, min(prompt, context))
     model = architecture.model.to(dtype=dtype).eval()
     with _no_experts(architecture), torch.inference_mode():
-        for part in (lambda: model, model.get_decoder):  # what sees beside its text part may ask an image for its values
+        for part in (
+            lambda: model,
+            model.get_decoder,
+        ):  # what sees beside its text part may ask an image for its values
             with contextlib.suppress(Exception):  # whatever a family's code raises on tensors without values
                 return _sessions(part(), context, prompt, sequences)
     return _estimate(architecture, context, prompt, dtype, sequences)
@@ -171,7 +173,9 @@ class _Live(TorchDispatchMode):
             result = func(*args, **(kwargs or {}))
         for value in result if isinstance(result, (tuple, list)) else (result,):
             if isinstance(value, torch.Tensor):
-                self._note(value.untyped_storage(), {id(t.untyped_storage()) for t in args if isinstance(t, torch.Tensor)})
+                self._note(
+                    value.untyped_storage(), {id(t.untyped_storage()) for t in args if isinstance(t, torch.Tensor)}
+                )
         return result
 
     def _note(self, storage: torch.UntypedStorage, inputs: set[int]) -> None:
@@ -199,9 +203,16 @@ class _Attention(TorchFunctionMode):
 
 
 def _attention(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attn_mask: torch.Tensor | None = None, *_: Any, **__: Any
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor | None = None,
+    *_: Any,
+    **__: Any,
 ) -> torch.Tensor:
-    mask = None if attn_mask is None or attn_mask.dtype != torch.bool else torch.empty_like(attn_mask, dtype=query.dtype)
+    mask = (
+        None if attn_mask is None or attn_mask.dtype != torch.bool else torch.empty_like(attn_mask, dtype=query.dtype)
+    )
     if query.shape[-1] != value.shape[-1]:  # no fused kernel
         scores = query.new_empty(*query.shape[:-1], key.shape[-2])
         torch.empty_like(scores)

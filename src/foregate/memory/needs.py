@@ -146,7 +146,10 @@ def _loading_bytes(architecture: Architecture, gates: int) -> int:
 
 def _kernel_bytes(contents: Contents) -> int:
     """Room of the native kernels: inputs, products of the first matrix and activations of some tokens, in float32."""
-    widest = max(sum(param.shape[0] + param.shape[-1] for param in n.layout.params if len(param.shape) == 2) for n in contents.layers)
+    widest = max(
+        sum(param.shape[0] + param.shape[-1] for param in n.layout.params if len(param.shape) == 2)
+        for n in contents.layers
+    )
     return KERNEL_TOKENS * widest * torch.float32.itemsize
 
 

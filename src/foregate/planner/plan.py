@@ -1,22 +1,24 @@
 """A plan: the division that `load` would make, at every bit width, with the largest context and an idea of the speed."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from foregate.checkpoint.backbone import BACKBONE_BITS
 from foregate.checkpoint.store import UNQUANTIZED, Contents
 from foregate.config import ConvertConfig, EngineConfig, PlanConfig
 from foregate.errors import ForegateError
 from foregate.memory.budget import Budget, divide, divide_host
-from foregate.memory.needs import CPU, CUDA, Device, Needs, Session, host_needs, needs
+from foregate.memory.needs import CPU, CUDA, Device, Needs, Session, host_needs, needs, runtime_bytes
 from foregate.model.loading import context_limit, gates_bytes
 from foregate.planner.source import PlannedModel, open_model
-from foregate.planner.speed import Figures, Speed, assumed_figures, estimate, read_figures
 from foregate.quantize.matrix import BITS
 from foregate.schedule import POLICIES
 from foregate.sizes import MIB, parse_bytes
+
+if TYPE_CHECKING:
+    from foregate.planner.speed import Figures, Speed
 
 DEVICES = {device.name: device for device in (CPU, CUDA)}
 WIDTHS = (UNQUANTIZED, *sorted(BITS, reverse=True))
@@ -32,7 +34,7 @@ class Width:
     record_bytes: int
     slots: int | None  # None: not even one layer's experts fit
     smallest_bytes: int  # that would do
-    speed: Speed | None
+    speed: "Speed | None"
 
 
 @dataclass(frozen=True)
@@ -54,8 +56,8 @@ class Plan:
     budget: Budget  # at `bits`
     slots_by_layer: float  # on average: slots are one pool
     widths: tuple[Width, ...]
-    figures: Figures
-    speed: Speed
+    figures: "Figures"
+    speed: "Speed"
 
     @property
     def memory_bytes(self) -> int:
@@ -95,14 +97,14 @@ def plan(
     device: str = CPU.name,
     memory_bandwidth: float | None = None,
     link_bandwidth: float | None = None,
-    machine: str | Path | None = None,
+    machine: str | Path | Mapping[str, Any] | None = None,
 ) -> Plan:
     """Say where a model's bytes will go, and how fast it may be, from its configuration alone.
 
     model: a store, a checkpoint's folder (config.json is enough) or a hub id. memory: as for `foregate.load`, of the
     device where that is not the CPU; host_memory: for records that wait in the host's memory beside it. context, prompt:
     as for `load`. bits, backbone_bits: of a conversion to come; a store has its own. memory_bandwidth, link_bandwidth:
-    bytes/s, for the speed, or `machine`, a file that `foregate doctor --json` wrote; otherwise they are assumed.
+    bytes/s, for the speed, or `machine`: a file that `foregate doctor --json` wrote, or its content; otherwise assumed.
 
     Raises ForegateError when the model cannot be read or does not fit, naming what would.
     """
@@ -114,7 +116,10 @@ def plan(
         raise ForegateError(f"unknown policy {policy}: choose one of {', '.join((EngineConfig.policy, *POLICIES))}")
     opened = open_model(model)
     bits, backbone_bits = _bits(opened, bits, backbone_bits)
-    figures = read_figures(Path(machine), device) if machine else assumed_figures(device)
+    runtime_bytes()  # measured before the simulator is imported, which no run of the model needs
+    from foregate.planner.speed import assumed_figures, measured_figures
+
+    figures = measured_figures(machine, device) if machine else assumed_figures(device)
     planner = _Planner(
         opened,
         str(memory),
@@ -135,7 +140,7 @@ class _Planner:
     device: Device
     policy: str
     backbone_bits: int
-    figures: Figures
+    figures: "Figures"
 
     def plan(self, bits: int, host_memory: str | None) -> Plan:
         contents = self.contents(bits)
@@ -194,7 +199,9 @@ class _Planner:
             return Width(bits, contents.experts_bytes, size, None, smallest, None)
         return Width(bits, contents.experts_bytes, size, budget.slots, smallest, self.speed(budget, contents))
 
-    def speed(self, budget: Budget, contents: Contents) -> Speed:
+    def speed(self, budget: Budget, contents: Contents) -> "Speed":
+        from foregate.planner.speed import estimate
+
         model = self.model.architecture.model
         embeddings = model.get_input_embeddings().weight
         tied = model.get_output_embeddings() is not None and model.get_output_embeddings().weight is embeddings
@@ -239,7 +246,9 @@ def _bits(model: PlannedModel, bits: int | None, backbone_bits: int) -> tuple[in
     if model.store is not None:
         manifest = model.store.manifest
         if bits not in (None, manifest.bits):
-            raise ForegateError(f"{model.name} is a store of {manifest.bits} bits: plan its checkpoint to choose others")
+            raise ForegateError(
+                f"{model.name} is a store of {manifest.bits} bits: plan its checkpoint to choose others"
+            )
         return manifest.bits, manifest.backbone_bits
     if bits is not None and bits not in WIDTHS:
         raise ForegateError(f"--bits {bits}: choose one of {', '.join(map(str, WIDTHS))}")
@@ -248,7 +257,7 @@ def _bits(model: PlannedModel, bits: int | None, backbone_bits: int) -> tuple[in
     return bits or PlanConfig.bits, backbone_bits
 
 
-def _given(figures: Figures, memory_bandwidth: float | None, link_bandwidth: float | None) -> Figures:
+def _given(figures: "Figures", memory_bandwidth: float | None, link_bandwidth: float | None) -> "Figures":
     given = {
         name: value
         for name, value in (("memory_bandwidth", memory_bandwidth), ("link_bandwidth", link_bandwidth))

@@ -12,6 +12,7 @@ from foregate.errors import ForegateError
 from foregate.model.generate import load_tokenizer
 from foregate.model.loading import AUTO, LOOKAHEAD, LRU, gates_bytes
 
+
 @dataclass(frozen=True)
 class PlannedModel:
     """A model as far as its configuration tells, or its store."""

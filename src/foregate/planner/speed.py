@@ -6,8 +6,10 @@ model as make bytes and time per token right. So a speed is a range over both ro
 """
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from foregate.checkpoint.store import Contents
 from foregate.config import PlanConfig
@@ -45,22 +47,26 @@ def assumed_figures(device: str) -> Figures:
     return Figures(PlanConfig.card_bandwidth, PlanConfig.bus_bandwidth, PlanConfig.bus_latency, "assumed")
 
 
-def read_figures(file: Path, device: str) -> Figures:
-    """From what `foregate doctor --json` wrote. Raises ForegateError when it did not, or did not measure the device."""
+def measured_figures(machine: Mapping[str, Any] | str | Path, device: str) -> Figures:
+    """From what the doctor found (its `to_json()`), or a file that `foregate doctor --json` wrote.
+
+    Raises ForegateError when it is neither, or the device was not measured.
+    """
+    name = "here" if isinstance(machine, Mapping) else str(machine)
     try:
-        measured = json.loads(file.read_text())["measured"]
+        found = machine if isinstance(machine, Mapping) else json.loads(Path(machine).read_text())
         memory, link = ("memory", "disk") if device == "cpu" else ("device_memory", "device_link")
         return Figures(
-            float(measured[memory]["bytes_per_second"]),
-            float(measured[link]["bytes_per_second"]),
-            float(measured[link]["latency_seconds"]),
-            f"measured, {file.name}",
+            float(found["measured"][memory]["bytes_per_second"]),
+            float(found["measured"][link]["bytes_per_second"]),
+            float(found["measured"][link]["latency_seconds"]),
+            f"measured: {name}",
         )
     except OSError as error:
-        raise ForegateError(f"--machine {file} cannot be read: {error.strerror}") from None
+        raise ForegateError(f"--machine {name} cannot be read: {error.strerror}") from None
     except (ValueError, KeyError, TypeError):
         raise ForegateError(
-            f"--machine {file} has no measurements for {device}: write it there with foregate doctor --json"
+            f"--machine {name}: there are no measurements for {device}; make them on that machine by foregate doctor --json"
         ) from None
 
 
@@ -107,5 +113,3 @@ def _machine(
         token_seconds=PlanConfig.token_seconds / time_scale,
         gate_seconds=PlanConfig.gate_seconds,
     )
-
-
