@@ -1,7 +1,6 @@
 """What a checkpoint's store will hold, by size, from the model's configuration alone."""
 
 import torch
-from transformers import PretrainedConfig
 
 from foregate.checkpoint.architecture import Architecture, backbone_matrices
 from foregate.checkpoint.store import UNQUANTIZED, Contents, LayerInfo, MatrixInfo, RecordLayout
@@ -12,21 +11,14 @@ def outline(architecture: Architecture, bits: int, backbone_bits: int) -> Conten
 
     A backbone's matrix that only shares a checkpoint's tensor with others is counted as quantized here, and kept there.
     """
-    dtype = checkpoint_dtype(architecture.model.config)
     layers = tuple(
-        LayerInfo(layer.name, layer.num_experts, layer.top_k, RecordLayout.at(bits, _params(layer.params, dtype)))
+        LayerInfo(
+            layer.name, layer.num_experts, layer.top_k, RecordLayout.at(bits, _params(layer.params, architecture.dtype))
+        )
         for layer in architecture.layers
     )
     wanted = {} if backbone_bits == UNQUANTIZED else backbone_matrices(architecture).shapes
     return Contents(layers, tuple(MatrixInfo(module, shape, backbone_bits) for module, shape in wanted.items()))
-
-
-def checkpoint_dtype(config: PretrainedConfig) -> torch.dtype:
-    """The precision that a configuration says its weights are stored in; bfloat16 where it says nothing."""
-    for owner in (config, config.get_text_config()):
-        if isinstance(dtype := getattr(owner, "dtype", None), torch.dtype):
-            return dtype
-    return torch.bfloat16
 
 
 def _params(shapes: dict[str, tuple[int, ...]], dtype: torch.dtype) -> dict[str, torch.Tensor]:

@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from foregate.checkpoint.architecture import Architecture
 
 SAMPLE = 64  # tokens of a short prompt; linear attention works on so many at once
+MASK_BYTES = 5  # of a place in an attention mask: as a truth value, and as a number
 STATE_SHARE = 0.01  # of a cache of 16 tokens, from which what does not grow counts as a state
 
 
@@ -78,8 +79,9 @@ def _extrapolated(model: nn.Module, context: int, prompt: int, sequences: int) -
         return first + max(second - first, 0) * (tokens - SAMPLE) // SAMPLE
 
     step = line(after_one, after_two, context)
+    mask = prompt * (context - prompt) * MASK_BYTES  # of a prompt that goes on
     transients = line(one.transients, two.transients, prompt) + line(after_one, after_two, context - prompt) - after_one
-    return Footprint(line(one.kv_cache, two.kv_cache, context) * sequences, max(transients, step), exact=True)
+    return Footprint(line(one.kv_cache, two.kv_cache, context) * sequences, max(transients + mask, step), exact=True)
 
 
 def _prompt_pass(model: nn.Module, context: int, prompt: int) -> Footprint:
@@ -130,10 +132,11 @@ def _estimate(architecture: Architecture, context: int, prompt: int, dtype: torc
     config = architecture.model.config.get_text_config()
     heads = config.num_attention_heads
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    sizes = [getattr(config, name, None) or 0 for name in ("head_dim", "v_head_dim", "qk_head_dim")]
+    head_dim = max(config.hidden_size // heads, *sizes)
     top_k = max(layer.top_k for layer in architecture.layers)
     kv_cache = 2 * config.num_hidden_layers * kv_heads * head_dim * context * sequences
-    transients = prompt * (config.hidden_size * (top_k + 8) + 2 * heads * context) + config.vocab_size
+    transients = prompt * (config.hidden_size * (2 * top_k + 16) + 4 * heads * context) + config.vocab_size
     return Footprint(kv_cache * dtype.itemsize, transients * dtype.itemsize, exact=False)
 
 
@@ -167,10 +170,7 @@ class _Live(TorchDispatchMode):
         self._known: dict[int, weakref.ref] = {}
 
     def __torch_dispatch__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        if func is torch.ops.aten.nonzero.default:  # as many as there can be: it depends on values
-            result: Any = args[0].new_empty(args[0].numel(), args[0].dim(), dtype=torch.long)
-        else:
-            result = func(*args, **(kwargs or {}))
+        result = _run(func, args, kwargs or {})
         for value in result if isinstance(result, (tuple, list)) else (result,):
             if isinstance(value, torch.Tensor):
                 self._note(
@@ -191,6 +191,23 @@ class _Live(TorchDispatchMode):
         self._known[key] = weakref.ref(storage, end)
         self.bytes += nbytes
         self.peak = max(self.peak, self.bytes)
+
+
+def _run(func: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
+    """What depends on values chooses as much as there can be."""
+    aten = torch.ops.aten
+    if func is aten.nonzero.default:
+        return args[0].new_empty(args[0].numel(), args[0].dim(), dtype=torch.long)
+    if func in (aten.index.Tensor, aten.index_put.default, aten.index_put_.default):
+        args = (args[0], [place for index in args[1] for place in _places(index)], *args[2:])
+    return func(*args, **kwargs)
+
+
+def _places(index: torch.Tensor | None) -> list[torch.Tensor | None]:
+    """A mask as an index of each of its dimensions."""
+    if index is None or index.dtype != torch.bool:
+        return [index]
+    return [index.new_empty(index.numel(), dtype=torch.long)] * index.dim()
 
 
 class _Attention(TorchFunctionMode):

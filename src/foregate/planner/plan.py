@@ -144,8 +144,8 @@ class _Planner:
 
     def plan(self, bits: int, host_memory: str | None) -> Plan:
         contents = self.contents(bits)
+        budget = self.divide(contents, bits)
         widths = tuple(self.width(each) for each in ((bits,) if self.model.store else WIDTHS))
-        budget = self.divide(contents, bits, widths)
         if not self.device.is_host:
             beside = host_needs(self.model.architecture, self.device, self.gates)
             budget = replace(budget, host=divide_host(host_memory, contents, beside))
@@ -180,13 +180,22 @@ class _Planner:
     def needs(self, contents: Contents, session: Session) -> Needs:
         return needs(self.model.architecture, contents, session, gates=self.gates, device=self.device)
 
-    def divide(self, contents: Contents, bits: int, widths: tuple[Width, ...]) -> Budget:
+    def divide(self, contents: Contents, bits: int) -> Budget:
+        """Raises ForegateError, naming the widths that fit, if these bits do not."""
         try:
             return divide(self.memory, contents, self.needs(contents, self.session))
         except ForegateError as error:
-            others = [f"--bits {width.bits}" for width in widths if width.slots is not None and width.bits != bits]
+            others = [f"--bits {width}" for width in WIDTHS if not self.model.store and self.fits(width)]
             hint = f", or {' or '.join(others)}" if others else ""
             raise ForegateError(f"{error}{hint}") from None
+
+    def fits(self, bits: int) -> bool:
+        contents = self.contents(bits)
+        try:
+            divide(self.memory, contents, self.needs(contents, self.session))
+        except ForegateError:
+            return False
+        return True
 
     def width(self, bits: int) -> Width:
         contents = self.contents(bits)
