@@ -49,16 +49,14 @@ def inflated(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_run_holds_what_was_planned(inflated: Path, tmp_path: Path) -> None:
     report = tmp_path / "report.json"
     options = ["--prompt", "And the LORD said unto Moses,", "--max-new-tokens", 40, "--temperature", 0.8]
-    smallest = json.loads(command("plan", inflated, "--memory", "25%", "--context", 64, "--json").stdout)
-    memory = smallest["memory_bytes"] + 20 * smallest["slot_bytes"]
+    planned = json.loads(command("plan", inflated, "--memory", "50%", "--context", 64, "--json").stdout)
+    memory = planned["memory_bytes"]
     done = command("generate", inflated, *options, "--memory", memory, "--context", 64, "--report", report)
     assert done.returncode == 0, done.stderr
-    planned = json.loads(command("plan", inflated, "--memory", memory, "--context", 64, "--json").stdout)
     held = json.loads(report.read_text())["memory"]
-    assert planned["memory_bytes"] == pytest.approx(held["peak_resident_bytes"], rel=0.05)
-    assert planned["slots"] == pytest.approx(held["slots"], abs=10)  # a process is not planned to the last MiB
-    assert held["slots"] > 24
-    assert held["peak_resident_bytes"] <= 1.01 * memory
+    assert held["peak_resident_bytes"] == pytest.approx(memory, rel=0.05)
+    assert held["planned_bytes"] <= memory
+    assert held["slots"] == pytest.approx(48, abs=10)  # a process is not planned to the last MiB
 
 
 def test_a_plan_for_a_person(prints: Callable[..., tuple[int, str, str]]) -> None:

@@ -56,8 +56,7 @@ def test_nothing_is_left_where_there_is_no_store(tmp_path: Path, monkeypatch: py
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_full_disk_is_named_and_left_clean(small_disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(small_disk)
+def test_a_full_disk_is_named_and_left_clean(small_disk: Path) -> None:
     done = report.Report({}, {}, small_disk)
     checks = list(report._storage(done, None))
     assert found(checks, "file system").found == f"tmpfs at {small_disk}"

@@ -167,7 +167,7 @@ class _Planner:
             slots_by_layer=budget.slots / len(contents.layers),
             widths=widths,
             figures=self.figures,
-            speed=self.speed(budget, contents),
+            speed=next(width.speed for width in widths if width.bits == bits),
         )
 
     @property

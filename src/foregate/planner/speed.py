@@ -19,6 +19,8 @@ from foregate.planner.routing import NAMES, Routing, load_routing
 from foregate.schedule import make_scheduler
 from foregate.simulate import Machine, run
 
+CHUNKS = 16  # of a record at most: smaller ones take the simulator long and change nothing
+
 
 @dataclass(frozen=True)
 class Figures:
@@ -106,6 +108,7 @@ def _machine(
     record = each * sum(n.num_experts * n.layout.nbytes for n in contents.layers) / contents.num_experts
     return Machine(
         record_bytes=max(round(record), 1),
+        chunk_bytes=max(Machine.chunk_bytes, round(record) // CHUNKS),
         link_bandwidth=figures.link_bandwidth,
         link_latency=each * figures.link_latency,
         layer_seconds=step_bytes / layers / reached + PlanConfig.layer_seconds,
