@@ -32,7 +32,6 @@ ONLY_CHECKED = {  # what marks a command that is parsed here and not run -> why
     "path/to/checkpoint": "tests/test_readme.py",
     "--prompt 'Once upon a time'": "tests/test_readme.py",
 }
-AHEAD = {"plan", "doctor"}  # documented already, not yet in this command line
 OTHERS = re.compile(r"(source|git|make|curl|hf) ")  # tests/test_readme.py, tests/serve
 
 
@@ -52,10 +51,6 @@ def foregate_lines(page: str) -> list[list[str]]:
     return [words[1:] for words in lines(page) if Path(words[0]).name == "foregate"]
 
 
-def is_ahead(words: list[str]) -> bool:
-    return bool(AHEAD & set(words))
-
-
 def find_command(words: list[str]) -> tuple[Any, list[str]]:
     """The command that the words name, and the arguments left for it."""
     command, rest = get_command(app), list(words)
@@ -71,25 +66,18 @@ def options_of(command: Any) -> set[str]:
 @pytest.mark.parametrize("page", PAGES)
 def test_commands_are_what_the_command_line_takes(page: str) -> None:
     for words in foregate_lines(page):
-        if not is_ahead(words):
-            command, rest = find_command(words)
-            command.make_context(words[0], rest)  # fails on unknown options, wrong types, missing arguments
+        command, rest = find_command(words)
+        command.make_context(words[0], rest)  # fails on unknown options, wrong types, missing arguments
 
 
 @pytest.mark.parametrize("page", PAGES)
 def test_commands_in_sentences_exist_with_their_options(page: str) -> None:
     for text in re.findall(r"`(?:\.venv/bin/)?foregate ([^`]+)`", PAGES[page]):
         words = text.split()
-        if not is_ahead(words) and words[0] != "COMMAND":
+        if words[0] != "COMMAND":
             command, rest = find_command(words)
             named = {word for word in rest if word.startswith("--")}
             assert named <= options_of(command), f"foregate {text}"
-
-
-def test_nothing_is_ahead_that_is_here() -> None:
-    main = get_command(app)
-    generate = options_of(main.commands["generate"])
-    assert not AHEAD & (main.commands.keys() | generate), "take these names out of AHEAD: the command line has them now"
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -111,11 +99,7 @@ def test_other_commands_name_what_is_there(page: str) -> None:
 
 
 def runnable(page: str) -> list[list[str]]:
-    return [
-        words
-        for words in foregate_lines(page)
-        if not is_ahead(words) and not any(mark in shlex.join(words) for mark in ONLY_CHECKED)
-    ]
+    return [words for words in foregate_lines(page) if not any(mark in shlex.join(words) for mark in ONLY_CHECKED)]
 
 
 def test_few_commands_are_only_checked() -> None:

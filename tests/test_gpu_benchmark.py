@@ -6,7 +6,20 @@ import sys
 from pathlib import Path
 
 SCRIPT = Path(__file__).parents[1] / "benchmarks/gpu.py"
-SMALL = ["--models", "mixtral", "--bits", "4", "--memory", "25%", "--tokens", "2", "--repeats", "1", "--prompt-tokens", "24"]
+SMALL = [
+    "--models",
+    "mixtral",
+    "--bits",
+    "4",
+    "--memory",
+    "25%",
+    "--tokens",
+    "2",
+    "--repeats",
+    "1",
+    "--prompt-tokens",
+    "24",
+]
 
 
 def test_dry_run(tmp_path: Path) -> None:

@@ -52,7 +52,7 @@ def check_report(report: dict) -> None:
     assert report["tokens"] == {"prompt": 5, "generated": 12}
     assert report["tokens_per_second"] == pytest.approx(11 / report["seconds"]["decode"])
     assert report["memory"]["slots"] == 6
-    assert report["memory"]["peak_resident_bytes"] > report["memory"]["planned_bytes"] > 0
+    assert report["memory"]["peak_resident_bytes"] == pytest.approx(report["memory"]["planned_bytes"], rel=0.05)
     assert report["settings"]["policy"] == "lru"
     assert report["busy"]["processor"] == pytest.approx(
         1 - experts["stall_seconds"] / (report["seconds"]["first_token"] + report["seconds"]["decode"])
@@ -62,7 +62,7 @@ def check_report(report: dict) -> None:
 
 
 def test_text_is_the_same_for_every_memory_and_policy(store: Folder) -> None:
-    runs = [("8.4%", "lru"), ("64MiB", "demand")]
+    runs = [("8.4%", "lru"), ("2GiB", "demand")]
     texts = {
         foregate("generate", store("mixtral"), *GENERATE, "--memory", memory, "--policy", policy).stdout
         for memory, policy in runs

@@ -67,6 +67,7 @@ def run(
         exact=exact,
         device=device,
         host_memory=host_memory,
+        context=max(context, 1),
         eager=True,  # captured steps need a KV cache that stays where it is; this one grows and is cut
     )
     style = Style(

@@ -20,6 +20,7 @@ def run(
     prompt: Annotated[str, typer.Option(metavar="TEXT", help="Text to continue.")],
     max_new_tokens: options.MaxNewTokens = GenerateConfig.max_new_tokens,
     memory: options.Memory = EngineConfig.memory,
+    context: options.PlannedContext = None,
     policy: options.Policy = EngineConfig.policy,
     threads: options.Threads = EngineConfig.threads,
     kernel: options.Kernel = EngineConfig.kernel,
@@ -56,21 +57,30 @@ def run(
         | link_settings(link_bandwidth, link_latency),
         {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "seed": seed},
         report,
+        context,
         as_json,
     )
 
 
 def generate_and_report(
-    store: Path, prompt: str, engine_settings: dict, generate_settings: dict, report_path: Path | None, as_json: bool
+    store: Path,
+    prompt: str,
+    engine_settings: dict,
+    generate_settings: dict,
+    report_path: Path | None,
+    context: int | None = None,
+    as_json: bool = False,
 ) -> None:
     """Load a checked store and write its text to stdout as it comes, then the summary to stderr; or all of it as JSON."""
     from foregate import load
-    from foregate.model.generate import generate, load_tokenizer
+    from foregate.model.generate import count_tokens, generate, load_tokenizer
     from foregate.report import build_report, to_text, write_report
 
     start = time.perf_counter()
     tokenizer = load_tokenizer(str(store))
-    model = load(store, **engine_settings)
+    prompt_tokens = count_tokens(tokenizer, prompt)
+    context = context or prompt_tokens + max(generate_settings["max_new_tokens"], 1)
+    model = load(store, **engine_settings, context=context, prompt=min(prompt_tokens, GenerateConfig.prompt_piece))
     load_seconds = time.perf_counter() - start
     emit = _ignore if as_json else _write
     if report_path is not None or as_json:

@@ -12,11 +12,13 @@ from foregate.cli import (
     chat,
     convert,
     demo,
+    doctor,
     evaluate,
     evaluate_gates,
     generate,
     inflate,
     inspect,
+    plan,
     plot,
     serve,
     simulate,
@@ -28,7 +30,7 @@ from foregate.cli.options import example_line
 # Commands by panel of the help, in its order: a module has NAME, and run with EXAMPLE, or an app of subcommands.
 PANELS = {
     "Run": (demo, generate, chat, serve),
-    "Prepare": (convert, inspect, verify, trace, align),
+    "Prepare": (doctor, plan, convert, inspect, verify, trace, align),
     "Measure": (evaluate, evaluate_gates, plot, simulate, bench, inflate),
 }
 EXIT_CODES = """Exit codes: 0 done, 1 a bug, 2 something to mend, said in one line on stderr, 130 interrupted.

@@ -49,9 +49,18 @@ Source = Annotated[
 
 # -- the engine -----------------------------------------------------------------------------------------------------
 
-MEMORY_HELP = "A share of the experts (25%), or bytes for backbone and experts together (8GiB)."
+MEMORY_HELP = "A share of the experts (25%), or bytes for all that the process holds (8GiB); foregate plan shows them."
 Memory = Annotated[str, typer.Option(metavar="SIZE", help=MEMORY_HELP)]
 MemoryOfText = Annotated[str, typer.Option("--memory", metavar="SIZE", help=f"With --text: {MEMORY_HELP}")]
+PlannedContext = Annotated[
+    int | None,
+    typer.Option(
+        "--context",
+        metavar="N",
+        min=1,
+        help="Tokens that memory is planned for, prompt and reply together; by default those of this run.",
+    ),
+]
 Policy = Annotated[
     str,
     typer.Option(

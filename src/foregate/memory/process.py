@@ -25,6 +25,14 @@ def forget_peak_memory() -> None:
         Path("/proc/self/clear_refs").write_text("5")
 
 
+def resident_bytes() -> int:
+    """The memory that this process holds resident now, in bytes."""
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+    except (OSError, ValueError):
+        return peak_memory_bytes()
+
+
 def return_unused_memory() -> None:
     """Give memory that is no longer used back to the system, where the C library can."""
     gc.collect()

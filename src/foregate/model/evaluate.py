@@ -60,7 +60,9 @@ def evaluate(
     for start, end, first in _windows(len(ids), window - len(prefix), stride):
         inputs = torch.cat([prefix, ids[start:end]])
         with torch.inference_mode():
-            logits = model(inputs[None].to(model.device), logits_to_keep=end - first + 1, use_cache=False).logits[0, :-1]
+            logits = model(inputs[None].to(model.device), logits_to_keep=end - first + 1, use_cache=False).logits[
+                0, :-1
+            ]
         targets = ids[first:end][-len(logits) :]
         nats += functional.cross_entropy(logits.float().cpu(), targets, reduction="sum").item()
         predicted += len(targets)

@@ -48,6 +48,11 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
         raise ForegateError(f"{path} has no tokenizer that transformers can read: {first_line(error)}") from None
 
 
+def count_tokens(tokenizer: PreTrainedTokenizerBase, prompt: str) -> int:
+    """How many tokens a prompt has. Raises ForegateError for one that is empty or no text."""
+    return _encode(tokenizer, prompt, None)["input_ids"].shape[-1]
+
+
 def generate(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,

@@ -67,6 +67,7 @@ def build_report(engine: Any, settings: dict[str, Any], tokens: dict[str, int], 
             "slot_bytes": used.slot_bytes,
             "backbone_bytes": used.backbone_bytes,
             "planned_bytes": used.total_bytes,
+            "planned": used.needs.parts | {"slots": used.slots_bytes},
             "peak_resident_bytes": peak_memory_bytes(),
         },
         "by_layer": [
