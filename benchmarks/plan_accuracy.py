@@ -2,8 +2,8 @@
 
     python benchmarks/plan_accuracy.py --store STORE --memory 1GiB,25% ... --json OUT
 
-Each budget of each store is planned in a process of its own and run in another, long enough to fill its slots; the
-longest text is the model's whole context. Nothing here is a matter of speed.
+Each budget of each store is planned in a process of its own and run in another, which must write enough
+tokens to fill its slots. Nothing here is a matter of speed.
 """
 
 import argparse

@@ -63,12 +63,12 @@ def test_parts_add_up(demo_store: Path) -> None:
 
 def test_load_divides_as_planned(demo_store: Path) -> None:
     budget = foregate.plan(demo_store, "25%", context=64, prompt=8).budget
-    granted = budget.total_bytes + 3 * budget.slot_bytes
+    granted = budget.needs.total + 80 * budget.slot_bytes
     planned = foregate.plan(demo_store, granted, context=64, prompt=8)
     model = foregate.load(demo_store, memory=granted, context=64, prompt=8)
     model.foregate.close()
     assert planned.budget == model.foregate.budget
-    assert planned.budget.slots == budget.slots + 3
+    assert planned.budget.slots == 80
 
 
 def test_what_cannot_fit_is_refused_with_what_would() -> None:

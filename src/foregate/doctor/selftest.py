@@ -8,7 +8,7 @@ from transformers import MixtralConfig, MixtralForCausalLM
 
 from foregate.checkpoint.convert import convert
 from foregate.kernels import cpu
-from foregate.model.loading import load
+from foregate.model.loading import load, quiet
 from foregate.quantize.matrix import BITS
 from foregate.quantize.rtn import Rtn
 
@@ -53,7 +53,8 @@ def check_engine() -> float:
     torch.manual_seed(0)
     reference, ids = MixtralForCausalLM(config).eval(), torch.arange(16)[None]
     with tempfile.TemporaryDirectory(prefix="foregate-doctor-") as folder, torch.inference_mode():
-        reference.save_pretrained(Path(folder) / "checkpoint")
+        with quiet():
+            reference.save_pretrained(Path(folder) / "checkpoint")
         store = convert(Path(folder) / "checkpoint", Path(folder) / "store")
         model = load(store, memory="50%", context=32)
         try:

@@ -160,7 +160,7 @@ def _build_backbone(store: Store, architecture: Architecture) -> PreTrainedModel
     model_class = type(architecture.model)
     builder = with_quantized_linears(model_class, [matrix.module for matrix in store.matrices])
     try:
-        with _BUILDING, _quiet(), streamed_experts(architecture.expert_classes):
+        with _BUILDING, quiet(), streamed_experts(architecture.expert_classes):
             model, info = builder.from_pretrained(
                 None,
                 config=architecture.model.config,
@@ -225,7 +225,7 @@ def gates_bytes(folder: Path, policy: str) -> int:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """No progress bar and no advice while a backbone loads: it takes a moment, and errors are raised anyway."""
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
