@@ -11,7 +11,7 @@ TRITON := 3.9.0
 PIP = .venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt $(PIP_ARGS)
 
 .DELETE_ON_ERROR:
-.PHONY: demo test test-oldest test-slow lint clean
+.PHONY: demo test test-oldest test-slow lint docs clean
 
 demo: .venv/ready
 	.venv/bin/foregate demo
@@ -32,6 +32,10 @@ test-slow: .venv/ready-test
 lint: .venv/ready-test
 	.venv/bin/ruff check src tests examples benchmarks
 	.venv/bin/ruff format --check src tests examples benchmarks
+
+# docs/cli.md is written by the commands themselves.
+docs: .venv/ready
+	.venv/bin/python -m foregate.cli.docs > docs/cli.md
 
 .venv/ready: pyproject.toml constraints.txt CMakeLists.txt $(wildcard src/foregate/native/*.cpp src/foregate/native/*.h*)
 	$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14) and "Foregate needs Python 3.11 to 3.13")'

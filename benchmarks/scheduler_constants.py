@@ -26,8 +26,8 @@ from foregate.simulate.workload import Workload
 MEMORY = ("25%", "50%")
 LINKS = (0.25e9, 1e9, 4e9)  # bytes/s
 VALUES = {
-    "LOSS": (0.15, 0.3, 1.0),
-    "PRIOR": (8.0, 128.0),
+    "LOSS": (0.15, 0.5, 1.0),
+    "PRIOR": (1.0, 16.0),
     "FADE": (0.99, 0.9995),
     "HALF_LIFE": (8.0, 128.0),
     "BLOCK": (4, 32),

@@ -17,6 +17,7 @@ if not torch.cuda.is_available():  # before Triton is imported: its kernels then
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from families import save_tiny
+from hypothesis import settings
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 from transformers.utils import logging
@@ -25,6 +26,8 @@ import foregate
 
 DEMO = Path(__file__).parents[1] / "demo"
 
+settings.register_profile("here", deadline=None)  # a busy machine is no failure
+settings.load_profile("here")
 logging.disable_progress_bar()
 torch.set_num_threads(1)  # test processes share the cores
 

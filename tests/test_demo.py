@@ -86,7 +86,10 @@ def test_lru_profits_from_learned_routing(demo_store: Path) -> None:
 
 @pytest.mark.parametrize(("policy", "more"), [("lru", 0), ("lookahead", 16e6)])
 def test_resident_memory_stays_in_the_budget(demo_store: Path, policy: str, more: float, tmp_path: Path) -> None:
-    """Backbone + 25 % of the experts + 400 MB, over 500 tokens, the whole process counted; gates of 2 MB take some more."""
+    """Backbone, KV cache and 25 % of the experts + 400 MB, over 500 tokens, the whole process counted, and as planned.
+
+    Gates of 2 MB take some more.
+    """
     report = tmp_path / "report.json"
     no_triton = "import sys; sys.modules['triton'] = None; from foregate.cli.main import main; main()"  # tests' only
     command = [sys.executable, "-c", no_triton, "generate", str(demo_store), "--prompt", PROMPTS[0]]
@@ -94,5 +97,7 @@ def test_resident_memory_stays_in_the_budget(demo_store: Path, policy: str, more
     options += ["--policy", policy]
     subprocess.run([*command, *options], check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     memory = json.loads(report.read_text())["memory"]
-    bound = memory["backbone_bytes"] + 0.25 * Store(demo_store).experts_bytes + 400e6 + more
+    planned = memory["backbone_bytes"] + memory["planned"]["kv_cache"]
+    bound = planned + 0.25 * Store(demo_store).experts_bytes + 400e6 + more
     assert memory["peak_resident_bytes"] < bound, f"{memory['peak_resident_bytes'] / 2**20:.0f} MiB"
+    assert memory["peak_resident_bytes"] == pytest.approx(memory["planned_bytes"], rel=0.05)

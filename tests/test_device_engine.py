@@ -268,7 +268,8 @@ def test_what_a_device_cannot_do(demo_store: Path, monkeypatch: pytest.MonkeyPat
     with monkeypatch.context() as patch:
         patch.setattr("foregate.memory.devices.os.sysconf", lambda name: room - 1 if "PAGES" in name else 1)
         with pytest.raises(
-            ForegateError, match=r"24 experts of .* do not fit, .* the most that fits is --memory \d+MiB"
+            ForegateError,
+            match=r"--memory 25% takes .* are free \(.*backbone .*\): the largest that works is --memory [\d.]+%",
         ):
             foregate.load(demo_store, device="simulated", memory="25%", threads=1)
     assert threading.active_count() == before

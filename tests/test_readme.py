@@ -21,7 +21,7 @@ def test_convert_generate_and_python_as_written(checkpoint: Callable[[str], Path
     shutil.copytree(checkpoint("mixtral"), tmp_path / "path/to/checkpoint")
     (tmp_path / ".venv").mkdir()
     (tmp_path / ".venv/bin").symlink_to(BIN)
-    commands = next(block for block in blocks("sh") if "foregate convert" in block)
+    commands = next(block for block in blocks("sh") if "convert path/to/checkpoint" in block)
     done = subprocess.run(["bash", "-ec", commands], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "Once upon a time" in done.stdout

@@ -14,15 +14,18 @@ if TYPE_CHECKING:
     from foregate.lookahead.align import align
     from foregate.lookahead.evaluate import evaluate_gates
     from foregate.model.loading import load
+    from foregate.planner.plan import Plan, plan
 
 __version__ = "0.1.0"
-__all__ = ["ForegateError", "__version__", "align", "convert", "evaluate_gates", "load", "verify"]
+__all__ = ["ForegateError", "Plan", "__version__", "align", "convert", "evaluate_gates", "load", "plan", "verify"]
 
 _HOMES = {
+    "Plan": "planner.plan",
     "align": "lookahead.align",
     "convert": "checkpoint.convert",
     "evaluate_gates": "lookahead.evaluate",
     "load": "model.loading",
+    "plan": "planner.plan",
     "verify": "checkpoint.verify",
 }
 

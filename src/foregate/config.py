@@ -13,6 +13,13 @@ class ConvertConfig:
 
 
 @dataclass(frozen=True)
+class CacheConfig:
+    """How a checkpoint named instead of a store is converted, once, into the cache."""
+
+    bits: int = 4  # the least that costs hardly any quality: who names a checkpoint wants it to run here
+
+
+@dataclass(frozen=True)
 class InflateConfig:
     """How an inflated checkpoint is written."""
 
@@ -23,7 +30,9 @@ class InflateConfig:
 class EngineConfig:
     """How a store is run."""
 
-    memory: str = "25%"  # a share of the experts, or bytes for backbone and experts together
+    memory: str = "25%"  # a share of the experts, or bytes for all that the process holds
+    context: int = 4096  # tokens of prompt and reply together, if the model's own limit is not smaller
+    prompt: int = 512  # tokens of a prompt that one pass takes in
     policy: str = "auto"  # lookahead where the store has gates, otherwise lru
     readers: int = 2  # threads that read records; more only add latency on one disk
     threads: int = 0  # threads that compute; 0 is one per core
@@ -45,6 +54,23 @@ class GenerateConfig:
     top_p: float = 1.0
     prompt_piece: int = 2048  # tokens of a prompt computed at a time: a pass's memory grows with them, loads shrink
     seed: int = 0
+
+
+@dataclass(frozen=True)
+class ReportConfig:
+    """What a report holds, and what `foregate plot` draws of it."""
+
+    events: int = 20_000  # of the time line: the last ones
+    tokens: int = 2  # that the picture of the time line shows
+    formats: str = "png"
+
+
+@dataclass(frozen=True)
+class ChatConfig:
+    """How `foregate chat` replies; temperature and top-p are the model's own where nothing else is said."""
+
+    max_new_tokens: int = 512
+    context: int = 8192  # tokens of history and reply together, if the model's own limit is not smaller
 
 
 @dataclass(frozen=True)
@@ -134,6 +160,41 @@ class BenchConfig:
     top_p: float = 0.95
     seed: int = 0
     foreign_load: float = 0.1  # share of all cores from which other programs spoil a timing
+
+
+@dataclass(frozen=True)
+class PlanConfig:
+    """What `foregate plan` takes for granted. Bandwidths in bytes/s, times in seconds; docs/plan.md says where from."""
+
+    bits: int = 4  # of a conversion to come
+    memory_bandwidth: float = 30e9  # of a desktop's memory, by two threads
+    disk_bandwidth: float = 2e9
+    disk_latency: float = 1e-4
+    card_bandwidth: float = 360e9  # of a consumer card's own memory
+    bus_bandwidth: float = 24e9  # PCIe 4, 16 lanes
+    bus_latency: float = 1e-5
+    reached: float = 0.5  # of the memory's bandwidth, by matrix-vector kernels between all else that a step does
+    layer_seconds: float = 0.0015  # of a layer beside reading its weights: Python, launches, the scheduler
+    token_seconds: float = 0.003  # of a token beside its layers
+    gate_seconds: float = 0.0004  # of a prediction
+    warm_up: int = 32  # tokens that are simulated before counting starts
+    uncertainty: float = 0.25  # of a speed, beside what routings differ by
+
+
+@dataclass(frozen=True)
+class DoctorConfig:
+    """How much `foregate doctor` measures, in bytes and seconds, and what it calls little."""
+
+    memory_bytes: int = 256 << 20  # larger than any cache
+    memory_seconds: float = 1.0
+    disk_bytes: int = 2 << 30  # at most, of a store's own file
+    scratch_bytes: int = 256 << 20  # of the file that is written where there is no store
+    disk_seconds: float = 3.0  # of reading, and of writing
+    latency_reads: int = 64
+    link_bytes: int = 256 << 20
+    slow_disk: float = 500e6  # bytes/s, below which a disk is named as the bottleneck
+    little_space: int = 5 << 30  # bytes free
+    little_locked: int = 1 << 30  # bytes that may be pinned
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,6 @@ from foregate.memory.device import Device, HostCopy
 from foregate.memory.host import HostRecords
 from foregate.memory.upload import HostToDevice
 from foregate.schedule import Action, Compute, Costs, Load, Placement, Prediction, Route, Scheduler
-from foregate.sizes import parse_bytes
 
 GROUPED_TOKENS = 16  # from so many on, experts share their weights among tokens: one token's rounding, two kernels
 HOST_TOKENS = 8  # calls of more tokens are computed on the device alone: a processor gains nothing there
@@ -101,16 +100,16 @@ class DeviceEngine(Engine):
         store: Store,
         budget: Budget,
         device: Device,
-        host_memory: str | int | None,
         *,
         readers: int,
         **settings: Any,
     ) -> "DeviceEngine":
-        """An engine with host memory of its own for records, `host_memory` bytes or None for all of them.
+        """An engine with host memory of its own for records, as many as `budget.host` says.
 
-        settings: as the constructor's. Raises ForegateError where memory is too small, here or there.
+        settings: as the constructor's. Raises ForegateError where memory cannot be had, here or there.
         """
-        limit = None if host_memory is None else parse_bytes(str(host_memory), "--host-memory")
+        host = budget.host
+        limit = host.records * host.record_bytes if host.records < store.num_experts else None
         records = HostRecords(store, device, limit, readers=readers)
         try:
             return cls(store, budget, device, records, readers=readers, **settings)

@@ -75,7 +75,7 @@ class Engine(ABC):
     ) -> None:
         self.store, self.budget, self.policy, self.exact = store, budget, policy, exact
         self.kernel, self.kernel_note = choose_kernel(kernel)
-        self.recorder = Recorder(len(store.layers))
+        self.recorder = Recorder([layer.num_experts for layer in store.layers])
         self.backbone: Captured | None = None  # None: it runs eagerly
         self._readers, self._future = readers, future
         self._link_bandwidth, self._link_latency = link_bandwidth, link_latency
@@ -132,6 +132,11 @@ class Engine(ABC):
         """Whether the policy has use for predictions now."""
         return self.scheduler.wants_predictions()
 
+    @property
+    def wants_guess(self) -> bool:
+        """Whether the policy would hear what the next layer's own router expects after the layer at work."""
+        return self.scheduler.wants_guess()
+
     def settle(self) -> None:  # noqa: B027 - most have nothing left to do
         """Take account of everything that was computed: an engine may be a few layers behind with it."""
 
@@ -146,6 +151,7 @@ class Engine(ABC):
             if self._failure is not None:  # the next layer will say so, or open the link again
                 return
             self._note(prediction)
+            self.recorder.predicted(prediction)
             self._carry_out(self.scheduler.predicted(prediction, time.perf_counter()))
 
     def run_layer(
@@ -181,7 +187,7 @@ class Engine(ABC):
             if self._failure is not None:
                 raise self._failure
             resident = self._resident(layer, experts)
-            self.recorder.routed(layer, len(resident), len(experts) - len(resident))
+            self.recorder.routed(layer, experts, resident, tokens)
             if self._calls is not None:
                 self._calls.append(Call(layer, tuple(experts), tokens, before=self._before))
                 self._before = None
@@ -230,6 +236,7 @@ class Engine(ABC):
         for action in actions:
             match action:
                 case Load():
+                    self.recorder.submitted(action)
                     self._link.submit(action)
                     self._in_flight += 1
                 case Hurry():
@@ -243,7 +250,7 @@ class Engine(ABC):
             if carrier is not self._carrier:
                 return  # the answer of a link that was given up
             self._in_flight -= 1
-            self.recorder.loaded(finished.key[0], finished.nbytes)
+            self.recorder.loaded(finished)
             now = time.perf_counter()
             self._failure = self._failure or finished.error
             if self._failure is None:
@@ -279,6 +286,7 @@ class Engine(ABC):
             self._give_up("this run was given up")
             idle = self._state.wait_for(lambda: not self._in_flight, WAIT_SECONDS)
             self.scheduler = self._new_scheduler()
+            self.recorder.emptied()
             if idle:
                 self._failure = None
             else:  # the disk hangs

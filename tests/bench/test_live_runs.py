@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from foregate.bench import live
-from foregate.bench.live import Script
+from foregate.bench.live import Place, Script
 from foregate.bench.paper import ALIGNED, CODE, PAPER, SPECULATIVE, UNTRAINED, bench_paper
 from foregate.bench.policies import Bench, bench_policies
 from foregate.bench.validate import validate
@@ -16,7 +16,7 @@ SCRIPT = Script(("And the LORD",), tokens=6, warm_up=1)
 
 @pytest.fixture(scope="module")
 def bench(demo_store: Path) -> Bench:
-    return Bench(demo_store, SCRIPT, threads=1, allow_buffered=True)
+    return Bench(demo_store, SCRIPT, place=Place(threads=1), allow_buffered=True)
 
 
 def test_policies(bench: Bench) -> None:
@@ -59,6 +59,16 @@ def test_the_simulator_repeats_the_engine(bench: Bench) -> None:
 
 def test_reads_through_the_page_cache_are_no_benchmark(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(live.Engine, "direct_reads", False)
-    strict = Bench(bench.store, SCRIPT, threads=1)
+    strict = Bench(bench.store, SCRIPT, place=Place(threads=1))
     with pytest.raises(ForegateError, match="through the page cache.*--allow-buffered"):
         strict.record("25%")
+
+
+def test_policies_on_a_device(demo_store: Path) -> None:
+    bench = Bench(demo_store, SCRIPT, Place("simulated", threads=1))
+    (cell,) = bench_policies(bench, ["lru", "lookahead", "lookahead+host"], ["25%"], [20e6], repeats=1)
+    lru, lookahead, placed = cell
+    assert placed["bytes_per_token"] < lookahead["bytes_per_token"] < 2 * lru["bytes_per_token"]
+    assert all(run["prompt_seconds"] > 0 for row in cell for run in row["runs"])
+    with pytest.raises(ForegateError, match="add --device cuda"):
+        next(bench_policies(Bench(demo_store, SCRIPT), ["lookahead+host"], ["25%"], [None], repeats=1))

@@ -22,7 +22,7 @@ def test_simulate(
     demo_store: Path, demo_trace: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "out.json"
-    options = ("--tokens", 24, "--warm-up", 4, "--memory", "25%,50%", "--link-bandwidth", "10MB", "--json", out)
+    options = ("--tokens", 24, "--warm-up", 4, "--memory", "25%,50%", "--link-bandwidth", "10MB", "--report", out)
     assert run(monkeypatch, "simulate", "--trace", demo_trace, "--gates", demo_store, *options) == 0
     printed = capsys.readouterr().out
     for text in ("25% of the experts (24 slots), 10 MB/s", "50% of the experts (48 slots)", "×clairv.", "lookahead"):
@@ -31,6 +31,17 @@ def test_simulate(
     assert found["machine"]["record_bytes"] == 53248
     assert len(found["rows"]) == 2 * 6
     assert str(demo_trace) not in out.read_text()
+
+
+def test_simulate_as_json(
+    demo_trace: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out.json"
+    options = ("--tokens", 12, "--warm-up", 2, "--memory", "25%", "--policy", "lru", "--json", "--report", out)
+    assert (
+        run(monkeypatch, "simulate", "--trace", demo_trace, "--machine", "mixtral-8x7b-2bit-12gb-pcie3", *options) == 0
+    )
+    assert json.loads(capsys.readouterr().out) == json.loads(out.read_text())
 
 
 def test_a_machine_that_is_not_here_says_so(
@@ -77,7 +88,7 @@ def test_bench_policies(
 ) -> None:
     out, prompts = tmp_path / "out.json", tmp_path / "prompts.txt"
     prompts.write_text("And the LORD\n\ndef read(\n")
-    options = ("--prompts", prompts, "--tokens", 3, "--warm-up", 1, "--repeats", 1, "--threads", 1, "--json", out)
+    options = ("--prompts", prompts, "--tokens", 3, "--warm-up", 1, "--repeats", 1, "--threads", 1, "--report", out)
     options += ("--policies", "lru,mixtral-offloading", "--memory", "25%", "--allow-buffered")
     assert run(monkeypatch, "bench", "policies", demo_store, *options) == 0
     assert "×m-o" in capsys.readouterr().out

@@ -243,7 +243,7 @@ def test_the_command(
 ) -> None:
     pytest.importorskip("matplotlib")
     out, plot = tmp_path / "r.json", tmp_path / "r.png"
-    arguments = ("--text", text, "--window", 32, "--json", out, "--plot", plot, "--layers", "--threads", 1)
+    arguments = ("--text", text, "--window", 32, "--report", out, "--plot", plot, "--layers", "--threads", 1)
     assert run(monkeypatch, aligned, *arguments) == 0
     printed = capsys.readouterr().out
     for line in ("MixtralForCausalLM, 3 MoE layers of 8 experts, 2 a token", "recording 288 tokens first", "recall@2"):
@@ -284,7 +284,7 @@ def test_a_store_without_gates(
         (["--text", "{text}", "--max-tokens", "-1"], "--max-tokens -1"),
         (["--text", "{text}", "--plot", "a.jpg"], "must end with .png"),
         (["--text", "{text}", "--plot", "nowhere/a.png"], "there is no folder"),
-        (["--text", "{text}", "--json", "nowhere/a.json"], "there is no folder"),
+        (["--text", "{text}", "--report", "nowhere/a.json"], "no such folder for the report"),
         (["--text", "{text}", "--scratch", "nowhere"], "nowhere"),
         (["--text", "{text}", "--fit", "nowhere"], "no such trace: nowhere"),
         (["--text", "{text}", "--gates", "{text}"], "is damaged"),

@@ -35,23 +35,29 @@ def test_what_is_saved_is_read_again(gates: LookaheadGates, tmp_path: Path) -> N
 
 
 def test_prediction_sees_the_latest_scores(gates: LookaheadGates) -> None:
-    hidden, embedding = torch.randn(16), torch.randn(12)
-    scores = [torch.randn(7) for _ in LAYERS]  # one more than there are experts
+    hidden, embedding = torch.randn(1, 16), torch.randn(1, 12)
+    scores = [torch.randn(2, 7) for _ in LAYERS]  # one more than there are experts
     first = gates.predict(2, hidden)
     for layer, values in enumerate(scores):
-        gates.observe(layer, values, torch.tensor([0, 6]))
+        gates.observe(layer, values, torch.tensor([[1, 2], [0, 6]]))
     found = gates.predict(2, hidden)
     assert [target for target, _ in found] == [(0, True), (1, True)]
-    recent = torch.cat([scores[0][:6], scores[1][:6]])[None]
-    for part, wanted in zip(found, gates.gates[2].probabilities(gates.gates[2](hidden[None], recent)), strict=True):
-        assert torch.equal(part[1], wanted[0])
+    recent = torch.cat([scores[0][-1:, :6], scores[1][-1:, :6]], dim=1)
+    for part, wanted in zip(found, gates.gates[2].probabilities(gates.gates[2](hidden, recent)), strict=True):
+        torch.testing.assert_close(part[1], wanted[0])
     assert not torch.equal(first[0][1], found[0][1])
     token = gates.predict(3, embedding)
-    wanted = gates.gates[3].probabilities(gates.gates[3](token_source(embedding)[None], recent))
+    wanted = gates.gates[3].probabilities(gates.gates[3](token_source(embedding), recent))
     assert [target for target, _ in token] == [(0, False), (1, False)]
-    assert torch.equal(token[1][1], wanted[1][0])
+    torch.testing.assert_close(token[1][1], wanted[1][0])
     gates.reset()
     assert torch.equal(gates.predict(2, hidden)[0][1], first[0][1])
+
+
+def test_of_several_tokens_any_may_choose_an_expert(gates: LookaheadGates) -> None:
+    hidden = torch.randn(4, 16)
+    alone = torch.stack([gates.predict(0, row[None])[0][1] for row in hidden])
+    torch.testing.assert_close(gates.predict(0, hidden)[0][1], 1 - (1 - alone).prod(0))
 
 
 def test_reuse_sees_what_was_used(gates: LookaheadGates) -> None:
@@ -60,8 +66,8 @@ def test_reuse_sees_what_was_used(gates: LookaheadGates) -> None:
         for parameter in head.parameters():
             parameter.zero_()
         head.shared[:, 0] = 1.0  # the first decayed frequency
-    hidden = torch.randn(16)
-    gates.observe(1, torch.randn(6), torch.tensor([2, 6]))  # 6 is no expert
+    hidden = torch.randn(1, 16)
+    gates.observe(1, torch.randn(1, 6), torch.tensor([[2, 6]]))  # 6 is no expert
     probabilities = gates.reuse(1, hidden)
     assert probabilities.shape == (3, 6)
     assert (probabilities.argmax(1) == 2).all()

@@ -11,10 +11,11 @@ import torch
 import foregate
 from foregate.checkpoint.source import GATES_FILE
 from foregate.errors import ForegateError
+from foregate.kernels import cpu
 from foregate.lookahead.gate import Target
 from foregate.lookahead.gates import GateLayer, GatesHeader, LookaheadGates
-from foregate.lookahead.live import PackedGate
 from foregate.lookahead.record import observed
+from foregate.lookahead.untrained import untrained_of_model
 from foregate.model.routers import find_routers
 from foregate.schedule import Prediction
 
@@ -77,14 +78,20 @@ def test_gates_of_a_checkpoint_go_into_its_stores(checkpoint: Folder, store: Fol
 
 
 @pytest.mark.parametrize("family", ["mixtral", "deepseek_v3", "gpt_oss"])
-def test_live_gates_say_what_the_gates_compute(store: Folder, family: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("native", [True, False])
+def test_live_gates_say_what_the_gates_compute(
+    store: Folder, family: str, native: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Token by token, every prediction of a run against `LookaheadGates` on the same router inputs."""
+    if not native:
+        monkeypatch.setattr(cpu, "available", lambda: False)
     copied = with_gates(store(family), tmp_path)
     model = foregate.load(copied, memory="100%", policy="lookahead")
     reference = LookaheadGates.load(copied / GATES_FILE, model.foregate.store.layers)
     routers = find_routers(model, model.foregate.store.layers)
-    embedded, routed = [], {}
-    model.get_input_embeddings().register_forward_hook(lambda module, args, output: embedded.append(output[0, -1]))
+    own = untrained_of_model(model, model.foregate.store.layers, horizon=1)
+    embedded, routed, guesses = [], {}, 0
+    model.get_input_embeddings().register_forward_hook(lambda module, args, output: embedded.append(output[0]))
     modules = [layer.module for layer in reference.header.layers]
     calls, cache = model.foregate.record_calls(), None
     with observed(model, modules, routers, routed.__setitem__), torch.inference_mode():
@@ -93,13 +100,17 @@ def test_live_gates_say_what_the_gates_compute(store: Folder, family: str, tmp_p
             cache = model(torch.tensor([[token]]), past_key_values=cache, use_cache=True).past_key_values
             check(calls[start].before, reference.predict(len(modules), embedded[-1]))
             for layer, call in enumerate(calls[start:]):
-                inputs, scores = routed[layer]["inputs"][0].float(), routed[layer]["scores"][0]
-                reference.observe(layer, scores.float(), routed[layer]["chosen"][0])
+                inputs = routed[layer]["inputs"].float()
+                reference.observe(layer, routed[layer]["scores"], routed[layer]["chosen"])
                 check(call.after, reference.predict(layer, inputs))
+                if (guess := call.after.guess) is not None:
+                    guesses += 1
+                    check(Prediction(layer, ((layer + 1, guess),)), own.predict(layer, inputs))
                 torch.testing.assert_close(
                     torch.from_numpy(call.after.reuse).float(), reference.reuse(layer, inputs), atol=2e-2, rtol=0.1
                 )
     assert len(calls) == 5 * len(modules)
+    assert 0 < guesses < len(calls), "asked for before judged calls only, and never over the token's end"
 
 
 def check(prediction: Prediction, expected: list[tuple[Target, torch.Tensor]]) -> None:
@@ -107,19 +118,6 @@ def check(prediction: Prediction, expected: list[tuple[Target, torch.Tensor]]) -
     assert [target for target, _ in prediction.ahead] == [target.layer for target, _ in expected]
     for (_, found), (_, wanted) in zip(prediction.ahead, expected, strict=True):
         torch.testing.assert_close(torch.from_numpy(found).float(), wanted, atol=2e-2, rtol=0.1)
-
-
-def test_of_several_tokens_any_may_choose_an_expert() -> None:
-    header = GatesHeader((GateLayer("a", 5, 2, 8), GateLayer("b", 5, 2, 8)), 8, 1, 4, {})
-    torch.manual_seed(0)
-    gate = header.new_gate(0)
-    for parameter in gate.parameters():
-        parameter.data = torch.randn(parameter.shape)
-    packed = PackedGate(gate.requires_grad_(False), lambda matrix: lambda x: x @ matrix.float().T)
-    hidden, recent = torch.randn(4, 8), np.zeros(5, np.float32)
-    alone = np.stack([packed(row[None], recent, None)[0][0] for row in hidden])
-    together = packed(hidden, recent, None)[0][0]
-    np.testing.assert_allclose(together, 1 - np.prod(1 - alone, axis=0), rtol=1e-4, atol=1e-6)
 
 
 def test_next_router_guesses_with_the_next_layers_router(store: Folder) -> None:

@@ -4,12 +4,26 @@ import time
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
-from world import EXPERTS, LAYERS, SHAPE, World
+from world import EXPERTS, LAYERS, SHAPE, TOP_K, World, random_prediction
 
-from foregate.schedule import Load, Prediction, Shape, make_scheduler
-from foregate.schedule.estimates import BLOCK, LEAST, LOSS, REST, Calibration, Pace, Worth, tokens_passing
+from foregate.schedule import ExpertKey, Load, Prediction, Shape, make_scheduler
+from foregate.schedule.estimates import (
+    BLOCK,
+    JUDGED,
+    LATER,
+    LEAST,
+    LOSS,
+    REST,
+    Calibration,
+    Discount,
+    Pace,
+    ReuseEstimate,
+    Worth,
+    expected_loss,
+)
+from foregate.schedule.lookahead import LookaheadScheduler
 
 FIRST = lambda count: 0  # noqa: E731
 
@@ -38,6 +52,26 @@ def test_a_foreseen_expert_is_fetched_before_it_is_routed() -> None:
     world.run_layer(1, {4}, FIRST)
     assert len(world.loads) == before + 1
     assert world.scheduler.prefetches.in_time == 1
+
+
+class Checked(LookaheadScheduler):
+    """Looks for every victim the slow way too."""
+
+    def victim(self) -> ExpertKey | None:
+        found = super().victim()
+        self._refresh()
+        worth = {key: self._worth_of[key] for key in self._slot_of if self.evictable(key)}
+        assert found == min(sorted(worth), key=worth.__getitem__, default=None)
+        return found
+
+
+@settings(deadline=None)  # a busy machine is no failure
+@given(st.integers(1, LAYERS * EXPERTS), st.lists(st.sets(st.integers(0, EXPERTS - 1), min_size=1)), st.data())
+def test_the_victim_is_the_resident_record_that_is_worth_least(slots: int, routes: list, data: st.DataObject) -> None:
+    """What is kept up to date between predictions is what a fresh look would find."""
+    world, pick = World(Checked(slots, SHAPE)), lambda count: data.draw(st.integers(0, count - 1))
+    for call, experts in enumerate(routes):
+        world.run_layer(call % LAYERS, experts, pick, random_prediction(call % LAYERS, pick))
 
 
 def test_what_is_expected_stays() -> None:
@@ -71,32 +105,83 @@ def test_useless_predictions_lose_their_voice() -> None:
     assert world.scheduler.prefetches.started == before
 
 
-@given(st.lists(st.floats(0, 1), min_size=9, max_size=9))
-def test_tokens_passing_is_a_sum_of_survival(values: list[float]) -> None:
-    """Against the same sum, one token at a time."""
-    reuse = np.maximum.accumulate(np.array(values).reshape(3, 3), axis=0)
-    rest, passing = tokens_passing(reuse)
-    for expert in range(3):
-        s1, s4, s16 = np.maximum(1 - reuse[:, expert], LEAST)
-        fall = min((s16 / s4) ** (1 / 12), 1 - 1 / 4096)
-        total = s1
-        total += sum((s1 + (s4 - s1) * n / 3 + s1 + (s4 - s1) * (n + 1) / 3) / 2 for n in range(3))
-        total += sum((s4 + (s16 - s4) * n / 12 + s4 + (s16 - s4) * (n + 1) / 12) / 2 for n in range(12))
-        total += s16 / (1 - fall)
-        assert passing[expert] == pytest.approx(total, rel=1e-6)
-        assert rest[expert] == s1
+def discount(residence: float, layers: int = LAYERS) -> Discount:
+    """One under which a record stays so many calls."""
+    made = Discount(1000, Shape((EXPERTS,) * layers, (TOP_K,) * layers))
+    for _ in range(2000):
+        made.call()
+        for _ in range(round(1000 / residence)):
+            made.load()
+    made.renew()
+    return made
 
 
-def test_calibration_finds_the_true_rate() -> None:
-    random, calibration = np.random.default_rng(0), Calibration(2)
-    given_out, first_cells = np.full(16, 0.9), Calibration.first_cells(np.repeat([0, 1], 8))
-    for _ in range(600):
-        _, cells = calibration.correct(given_out, first_cells)
-        calibration.learn([cells[:8]], np.flatnonzero(random.random(8) < 0.25))
-        calibration.learn([cells[8:]], np.flatnonzero(random.random(8) < 0.9))
-    likely, _ = calibration.correct(given_out, first_cells)
-    assert likely[:8] == pytest.approx(0.25, abs=0.05)
-    assert likely[8:] == pytest.approx(0.9, abs=0.05)
+@given(st.lists(st.floats(0, 1), min_size=3, max_size=3), st.sampled_from([4.0, 20.0, 100.0]))
+def test_worth_is_the_discounted_first_use(values: list[float], residence: float) -> None:
+    """Against the same expectation, use by use: in the next token, or so many tokens after it."""
+    made, windows = discount(residence), np.maximum.accumulate(np.array(values))
+    skip, lost = expected_loss(windows[:, None], made.after_windows)
+    r1, r4, r16 = np.minimum(windows, 1 - LEAST)
+    chances = [r1, r4 - r1, r16 - r4, 1 - r16]
+    worth = sum(chance * made.token**later for chance, later in zip(chances, [0.0, *LATER], strict=True))
+    assert 1 - skip[0] * lost[0] == pytest.approx(worth, abs=1e-9)
+    assert 0 <= lost[0] <= 1
+
+
+def test_worth_by_frequency_is_a_geometric_series() -> None:
+    shape, made = Shape((EXPERTS,), (TOP_K,)), discount(8.0, layers=1)
+    reuse = ReuseEstimate(shape, made)
+    for number in range(400):
+        reuse.routed(0, [0, 1] if number % 2 else [0, 2], judge=False)
+    rates = 1 - reuse.skip[0]
+    assert rates == pytest.approx([1 - LEAST, 0.5, 0.5, LEAST, LEAST, LEAST], abs=0.02)
+    for rate, lost in zip(rates, reuse.lost[0], strict=True):
+        later = sum(rate * (1 - rate) ** (token - 1) * made.token**token for token in range(1, 2000))
+        assert lost == pytest.approx(1 - later, rel=1e-3)
+
+
+def test_frequencies_survive_the_rescaling_of_their_unit() -> None:
+    """In numbers that grow with every token they would overflow after some 30,000."""
+    reuse = ReuseEstimate(Shape((3,), (1,)), discount(8.0, layers=1))
+    for _ in range(40_000):
+        reuse.routed(0, [1], judge=False)
+    assert 1 - reuse.skip[0] == pytest.approx([0, 1, 0], abs=2 * LEAST)
+
+
+def test_a_residence_is_slots_over_loads() -> None:
+    """Little's law; the factors fall by it from call to call, the layer routed last comes a whole token later."""
+    made = discount(20.0)
+    factors = made.after(1)[:, 0]
+    assert factors == pytest.approx(np.exp([-2 / 20, -3 / 20, -1 / 20]), rel=1e-4)
+    assert made.token == pytest.approx(np.exp(-LAYERS / 20), rel=1e-4)
+
+
+@pytest.mark.parametrize(("true", "share"), [(0.9, 1.0), (0.2, 0.0), (0.55, 0.5)])
+def test_calibration_finds_how_far_a_prediction_is_to_be_believed(true: float, share: float) -> None:
+    """Without the prediction .2 are expected, with it .9."""
+    random, calibration = np.random.default_rng(0), Calibration(1)
+    for _ in range(3000):
+        calibration.learn(0, np.full(8, 0.9), np.full(8, 0.2), np.flatnonzero(random.random(8) < true))
+    assert calibration.share[0] == pytest.approx(share, abs=0.1)
+
+
+@pytest.mark.parametrize("guess_is_right", [True, False])
+def test_the_better_of_gate_and_guess_is_believed(guess_is_right: bool) -> None:
+    """One is always right, the other always wrong. The guess is asked for now and then, always only while it is believed."""
+    random, world = np.random.default_rng(0), filled(2 * LAYERS)
+    routes, asked = random.integers(0, EXPERTS, 200 * LAYERS + 1).tolist(), 0
+    for call in range(200 * LAYERS):
+        if call == 150 * LAYERS:
+            before, asked = world.scheduler.prefetches.in_time, 0
+        right, wrong = certain(routes[call + 1]), certain((routes[call + 1] + 1) % EXPERTS)
+        gate, guess = (wrong, right) if guess_is_right else (right, wrong)
+        after = (call + 1) % LAYERS
+        last = Prediction(call % LAYERS, ((after, gate),), guess=guess if after else None)
+        world.run_layer(call % LAYERS, {routes[call]}, FIRST, last)
+        asked += world.scheduler.wants_guess()
+        world.finish_all()
+    assert world.scheduler.prefetches.in_time - before > 20
+    assert asked == 50 * LAYERS if guess_is_right else asked == 50 * LAYERS // JUDGED
 
 
 def test_a_prefetch_must_be_likelier_the_less_it_can_hide() -> None:

@@ -99,4 +99,4 @@ def random_prediction(layer: int, choose: Choose, horizon: int = 2) -> Predictio
         return levels[[choose(len(levels)) for _ in range(int(np.prod(shape)))]].reshape(shape)
 
     ahead = tuple(((layer + step) % LAYERS, some(EXPERTS)) for step in range(1, horizon + 1))
-    return Prediction(layer, ahead, some(3, EXPERTS) if choose(2) else None)
+    return Prediction(layer, ahead, some(3, EXPERTS) if choose(2) else None, guess=some(EXPERTS) if choose(2) else None)

@@ -227,6 +227,15 @@ def test_health_metrics_and_experts_agree(live: Live) -> None:
     assert values["foregate_expert_hits_total"] == experts["totals"]["hits"]
     assert values["foregate_expert_misses_total"] == experts["totals"]["misses"]
     assert values["foregate_expert_read_bytes_total"] == experts["totals"]["bytes_read"] > 0
+    fates = ("foregate_prefetches_total", "foregate_prefetched_bytes_total")
+    assert {frozenset(s.labels) for s in samples if s.name in fates} == {frozenset(("layer", "fate"))}
+    assert {s.labels["fate"] for s in samples if s.name in fates} == {"in_time", "late", "wasted"}
+    assert 0 < values["foregate_prefetches_total"] <= values["foregate_prefetches_started_total"]
+    assert 0 < values["foregate_prefetched_bytes_total"] <= values["foregate_expert_read_bytes_total"]
+    foreseen = {s.labels["horizon"] for s in samples if s.name == "foregate_predicted_experts_found_total"}
+    assert foreseen == {"1", "2", "3"}
+    assert 0 < values["foregate_predicted_experts_found_total"] < values["foregate_predicted_experts_chosen_total"]
+    assert 0 < values["foregate_predicted_experts_right_total"] < values["foregate_predicted_experts_sure_total"]
     assert values["foregate_replies_running"] == values["foregate_replies_waiting"] == 0
     assert values["foregate_generated_tokens_total"] >= 10
     assert experts["tokens_per_second"] > 0

@@ -71,6 +71,16 @@ def test_untrained_gates_have_everything_but_reuse(workload: Workload) -> None:
     assert all(call.after.reuse is None and len(call.after.ahead) == 2 for call in calls)
 
 
+def test_the_next_layers_own_router_is_heard_beside_the_gates(workload: Workload) -> None:
+    own = untrained_of_trace(workload.trace, 1)
+    for place, call in enumerate(tape(workload.trace, workload.gates, ROWS)[: 3 * len(own.header.layers)]):
+        if call.layer + 1 == len(own.header.layers):
+            assert call.after.guess is None
+            continue
+        hidden = workload.trace.inputs(call.layer)[place // len(own.header.layers)].float()
+        assert call.after.guess == pytest.approx(own.predict(call.layer, hidden)[0][1].numpy(), abs=1e-5)
+
+
 def test_what_cannot_be_simulated(workload: Workload) -> None:
     def first(policy: str, memory: str = "25%") -> None:
         next(simulate_cells(workload, [policy], [memory], [1e9], MACHINE))

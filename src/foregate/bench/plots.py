@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from foregate.lookahead.plots import DPI, check_plot
+from foregate.drawing import check_plot, picture
 
 STYLES = {
     "demand": ("#bbbbbb", "x", ":"),
@@ -24,14 +24,10 @@ def plot_speeds(rows: Sequence[dict[str, Any]], path: Path, note: str = "") -> N
     """rows: `policy` or `name`, `memory`, `link_bandwidth` (bytes/s or None) and `tokens_per_second`, a number or a
     spread with `median`, `least`, `most`. Raises ForegateError, OSError."""
     check_plot(path)
-    from matplotlib import rc_context
-    from matplotlib.figure import Figure
-
     links = list(dict.fromkeys(row["link_bandwidth"] for row in rows))
     columns = min(len(links), COLUMNS)
     lines = -(-len(links) // columns)
-    with rc_context({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "svg.hashsalt": "foregate"}):
-        figure = Figure(figsize=(max(3.2 * columns, NARROWEST), 3.0 * lines + 0.9), layout="constrained")
+    with picture((max(3.2 * columns, NARROWEST), 3.0 * lines + 0.9), path) as figure:
         panels = figure.subplots(lines, columns, squeeze=False).flatten()
         for panel, link in zip(panels, links, strict=False):
             _draw(panel, [row for row in rows if row["link_bandwidth"] == link])
@@ -45,7 +41,6 @@ def plot_speeds(rows: Sequence[dict[str, Any]], path: Path, note: str = "") -> N
         )
         if note:
             figure.suptitle(note, fontsize=6, wrap=True)
-        figure.savefig(path, dpi=DPI, metadata={"Date": None} if path.suffix.lower() == ".svg" else None)
 
 
 def _title(link: float | None) -> str:

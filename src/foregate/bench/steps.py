@@ -36,14 +36,14 @@ class StepWatch(Recorder):
     """
 
     def __init__(self) -> None:
-        super().__init__(0)
+        super().__init__(())
         self.steps: list[Step] = []
         self.calls: list[Call] = []  # one a step
 
     def __call__(self, model: PreTrainedModel, counting: Callable[[], bool]) -> None:
         """Watch this model from now on."""
         engine = model.foregate
-        self.num_layers = len(engine.store.layers)
+        self.experts = tuple(layer.num_experts for layer in engine.store.layers)
         self.reset()
         engine.recorder, self.calls = self, engine.record_calls()
         for index, layer in enumerate(engine.store.layers):

@@ -53,6 +53,7 @@ class Architecture:
 
     model: PreTrainedModel
     layers: tuple[ExpertsModule, ...]
+    dtype: torch.dtype  # that the configuration says weights are stored in; bfloat16 where it says nothing
 
     @property
     def class_name(self) -> str:
@@ -69,6 +70,7 @@ def inspect_architecture(config: PretrainedConfig) -> Architecture:
     Raises ForegateError for a model without routed experts, with experts outside transformers' interface, or with
     experts that several modules share.
     """
+    dtype = _stored_dtype(config)
     model = _meta_model(config)
     name = f"{type(model).__name__} (model_type {config.model_type})"
     found = [(path, module) for path, module in model.named_modules() if _is_experts(module)]
@@ -82,7 +84,7 @@ def inspect_architecture(config: PretrainedConfig) -> Architecture:
     params = [param for _, module in found for param in module.parameters()]
     if len(set(params)) < len(params):
         raise ForegateError(f"{name} is not supported: two parts of the model share the same experts")
-    return Architecture(model, tuple(_describe(model, path, module) for path, module in found))
+    return Architecture(model, tuple(_describe(model, path, module) for path, module in found), dtype)
 
 
 @dataclass(frozen=True)
@@ -181,6 +183,14 @@ def auto_class(config: PretrainedConfig) -> type:
         f"{type(config).__name__} (model_type {config.model_type}) has no text-generating model in transformers: only "
         "models that generate text can be run"
     )
+
+
+def _stored_dtype(config: PretrainedConfig) -> torch.dtype:
+    """Read before a model is built, which notes its own precision in the configuration."""
+    for owner in (config, config.get_text_config()):
+        if isinstance(dtype := getattr(owner, "dtype", None), torch.dtype):
+            return dtype
+    return torch.bfloat16
 
 
 def _meta_model(config: PretrainedConfig) -> PreTrainedModel:

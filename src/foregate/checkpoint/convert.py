@@ -27,6 +27,7 @@ from foregate.checkpoint.store import (
     RecordLayout,
     Weight,
     experts_header,
+    keeps,
 )
 from foregate.checkpoint.tensors import write_all
 from foregate.checkpoint.workspace import Workspace, check_destination, io_error
@@ -34,7 +35,7 @@ from foregate.config import ConvertConfig
 from foregate.errors import ForegateError
 from foregate.lookahead.trace import Trace
 from foregate.quantize.base import Quantizer
-from foregate.quantize.matrix import BITS, QuantizedMatrix
+from foregate.quantize.matrix import BITS
 from foregate.quantize.registry import UNCALIBRATED, choose_quantizer
 
 Progress = Callable[[int, int], None]  # (bytes done, bytes in all)
@@ -99,12 +100,7 @@ class ExpertEncoder:
 
     def layout(self, params: dict[str, torch.Tensor]) -> RecordLayout:
         """The layout of the records of experts whose parameters are like these."""
-        return RecordLayout.of(
-            {
-                name: param if self._keeps(param) else QuantizedMatrix.outline(self.bits, *param.shape)
-                for name, param in params.items()
-            }
-        )
+        return RecordLayout.at(self.bits, params)
 
     def encode(self, params: dict[str, torch.Tensor], layer: ExpertsModule, expert: int) -> dict[str, Weight]:
         """Matrices quantized, biases as they are. Raises ForegateError, naming them, for weights that are not finite."""
@@ -114,12 +110,11 @@ class ExpertEncoder:
             inputs = self._calibration.inputs(layer, expert)
             return quantize_expert(params, experts, inputs, self._quantizer, self.bits, where)
         return {
-            name: param if self._keeps(param) else self._quantizer.quantize(param, self.bits, name=f"{name} of {where}")
+            name: param
+            if keeps(param, self.bits)
+            else self._quantizer.quantize(param, self.bits, name=f"{name} of {where}")
             for name, param in params.items()
         }
-
-    def _keeps(self, param: torch.Tensor) -> bool:
-        return self.bits == UNQUANTIZED or param.dim() != 2
 
 
 class _Job:

@@ -1,7 +1,9 @@
 """Opening a Hugging Face checkpoint: a local folder or a hub id, safetensors only, no code of its own is ever run."""
 
+import contextlib
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -65,22 +67,54 @@ def load_config(path: Path) -> PretrainedConfig:
         ) from None
 
 
+def find_checkpoint(source: str) -> Path | None:
+    """The checkpoint folder `source`, or what was downloaded of the hub id `source`; None if nothing was.
+
+    Raises ForegateError for what is neither.
+    """
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    path = Path(source).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ForegateError(f"{source} is neither a store (no {STORE_MANIFEST}) nor a checkpoint (no config.json)")
+        return path.resolve()
+    _check_hub_id(source, "store or checkpoint")
+    with contextlib.suppress(LocalEntryNotFoundError):
+        return Path(snapshot_download(source, local_files_only=True))
+    return None
+
+
+def download_settings(hub_id: str) -> Path:
+    """Configuration and tokenizer of a model on the hub, without its weights; returns their folder.
+
+    Raises ForegateError when they cannot be downloaded.
+    """
+    _check_hub_id(hub_id)
+    return _download(hub_id, SIDE_FILES)
+
+
 def _locate(source: str) -> Path:
     path = Path(source).expanduser()
     if path.is_dir():
         return path.resolve()
-    if path.exists():
+    _check_hub_id(source)
+    return _download(source, ("*.safetensors", *SIDE_FILES))
+
+
+def _check_hub_id(source: str, wanted: str = "folder") -> None:
+    if Path(source).expanduser().exists():
         raise ForegateError(f"{source} is a file: name the folder of a checkpoint")
     if not HUB_ID.fullmatch(source) or source.startswith("."):
-        raise ForegateError(f"no such folder: {source}")
-    return _download(source)
+        raise ForegateError(f"no such {wanted}: {source}")
 
 
-def _download(hub_id: str) -> Path:
+def _download(hub_id: str, patterns: Sequence[str]) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(hub_id, allow_patterns=["*.safetensors", *SIDE_FILES], ignore_patterns=["*/*"]))
+        return Path(snapshot_download(hub_id, allow_patterns=list(patterns), ignore_patterns=["*/*"]))
     except Exception as error:  # the hub client raises many kinds; each becomes the same one line
         raise ForegateError(
             f"no such folder: {hub_id}; nor could it be downloaded as a hub id ({type(error).__name__}): check the "

@@ -78,6 +78,16 @@ class RecordLayout:
                 offset = _round_up(offset + spec.nbytes, TENSOR_ALIGNMENT)
         return cls(tuple(params), tuple(tensors))
 
+    @classmethod
+    def at(cls, bits: int, params: dict[str, torch.Tensor]) -> "RecordLayout":
+        """The layout of experts with such parameters: matrices quantized to `bits`, all else as it is; 16 keeps all."""
+        return cls.of(
+            {
+                name: param if keeps(param, bits) else QuantizedMatrix.outline(bits, *param.shape)
+                for name, param in params.items()
+            }
+        )
+
     @cached_property
     def nbytes(self) -> int:
         """Bytes of the record, padding included."""
@@ -117,6 +127,11 @@ class RecordLayout:
             else:
                 weights[param.name] = tensors[param.name]
         return weights
+
+
+def keeps(param: torch.Tensor, bits: int) -> bool:
+    """Whether a parameter of an expert stays as it is in records of `bits`: biases do, matrices unless at 16."""
+    return bits == UNQUANTIZED or param.dim() != 2
 
 
 def _tensors(name: str, weight: Weight) -> dict[str, torch.Tensor]:
@@ -255,23 +270,15 @@ class Manifest:
         )
 
 
-class Store:
-    """An opened store. Opening checks versions, headers and sizes; `verify` checks every byte."""
+class Contents:
+    """What a store holds, by size: records by layer, and the matrices of a quantized backbone.
 
-    def __init__(self, path: str | Path) -> None:
-        self.path = Path(path).expanduser()
-        self.manifest = _read_manifest(self.path)
-        self.experts_path = self.path / EXPERTS_FILE
-        self.backbone_path = self.path / BACKBONE_FILE
-        self.matrices_path = self.path / MATRICES_FILE
-        self._offsets = self._check_experts_file()
-        self.experts_version = file_version(self.experts_path.stat())
-        self._check_backbone_file()
-        self._matrix_offsets = self._check_matrices_file() if self.matrices else []
+    Known before there is a store, from a model's configuration alone (`checkpoint/outline.py`).
+    """
 
-    @property
-    def layers(self) -> tuple[LayerInfo, ...]:
-        return self.manifest.layers
+    def __init__(self, layers: tuple[LayerInfo, ...], matrices: tuple[MatrixInfo, ...]) -> None:
+        self.layers = layers
+        self.matrices = matrices  # in the order of their file
 
     @property
     def num_experts(self) -> int:
@@ -289,11 +296,6 @@ class Store:
         return sum(layer.num_experts * layer.layout.nbytes for layer in self.layers)
 
     @property
-    def matrices(self) -> tuple[MatrixInfo, ...]:
-        """The matrices of a quantized backbone, in the order of their file."""
-        return self.manifest.matrices
-
-    @property
     def matrices_bytes(self) -> int:
         """Bytes of all records of matrices."""
         return sum(matrix.nbytes for matrix in self.matrices)
@@ -302,6 +304,22 @@ class Store:
     def top_k(self) -> int:
         """The most experts that one token uses in any layer."""
         return max(layer.top_k for layer in self.layers)
+
+
+class Store(Contents):
+    """An opened store. Opening checks versions, headers and sizes; `verify` checks every byte."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path).expanduser()
+        self.manifest = _read_manifest(self.path)
+        super().__init__(self.manifest.layers, self.manifest.matrices)
+        self.experts_path = self.path / EXPERTS_FILE
+        self.backbone_path = self.path / BACKBONE_FILE
+        self.matrices_path = self.path / MATRICES_FILE
+        self._offsets = self._check_experts_file()
+        self.experts_version = file_version(self.experts_path.stat())
+        self._check_backbone_file()
+        self._matrix_offsets = self._check_matrices_file() if self.matrices else []
 
     def location(self, key: ExpertKey) -> tuple[int, int]:
         """(offset in the experts file, bytes) of a record; both multiples of 4096."""

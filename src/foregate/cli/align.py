@@ -3,31 +3,44 @@
 import sys
 import time
 from pathlib import Path
+from typing import Annotated
 
 import typer
 
-from foregate.cli.generate import MEMORY_HELP, THREADS_HELP
+from foregate.cli import options
 from foregate.config import AlignConfig, EngineConfig, TraceConfig
 
 NAME = "align"
+EXAMPLE = "foregate align model.store --text text.txt"
 
 
 def run(
-    store: Path = typer.Argument(..., metavar="STORE", help="Folder of a converted model."),
-    text: list[Path] = typer.Option([], help="UTF-8 text file to learn from; may be given several times."),
-    trace: Path = typer.Option(None, metavar="DIR", help="Trace of this model to learn from, instead of texts."),
-    horizon: int = typer.Option(AlignConfig.horizon, help="MoE layers that each gate looks ahead."),
-    width: int = typer.Option(
-        AlignConfig.width, help=f"Width of the gates; by default what {AlignConfig.share:.0%} of the backbone allow."
-    ),
-    max_tokens: int = typer.Option(AlignConfig.max_tokens, help="Tokens of texts or trace to use; 0: no limit."),
-    device: str = typer.Option(AlignConfig.device, help="What trains the gates: cpu, cuda or auto."),
-    window: int = typer.Option(TraceConfig.window, help="With --text: tokens of a sequence."),
-    memory: str = typer.Option(EngineConfig.memory, help=f"With --text: {MEMORY_HELP}"),
-    scratch: Path = typer.Option(
-        None, metavar="DIR", help="With --text: folder for the temporary trace; by default where the store lies."
-    ),
-    threads: int = typer.Option(EngineConfig.threads, help=THREADS_HELP),
+    model: options.Model,
+    text: options.Texts = [],
+    trace: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Trace of this model to learn from, instead of texts.")
+    ] = None,
+    horizon: Annotated[
+        int, typer.Option(metavar="N", help="MoE layers that each gate looks ahead.")
+    ] = AlignConfig.horizon,
+    width: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N", help=f"Width of the gates; by default what {AlignConfig.share:.0%} of the backbone allow."
+        ),
+    ] = AlignConfig.width,
+    max_tokens: Annotated[
+        int, typer.Option(metavar="N", help="Tokens of texts or trace to use; 0: no limit.")
+    ] = AlignConfig.max_tokens,
+    device: Annotated[
+        str, typer.Option(metavar="NAME", help="What trains the gates: cpu, cuda or auto.")
+    ] = AlignConfig.device,
+    window: options.Window = TraceConfig.window,
+    memory: options.MemoryOfText = EngineConfig.memory,
+    scratch: options.Scratch = None,
+    threads: options.Threads = EngineConfig.threads,
+    bits: options.Bits = None,
+    yes: options.Yes = False,
 ) -> None:
     """Train the lookahead gates of a model: small heads that foresee the experts of the next layers.
 
@@ -35,8 +48,10 @@ def run(
     again: it resumes.
     """
     from foregate import align
+    from foregate.cli.models import open_model
     from foregate.cli.progress import count_progress
 
+    store = open_model(model, bits, yes)
     start = time.perf_counter()
     try:
         with count_progress("aligning", "") as progress:

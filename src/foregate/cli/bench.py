@@ -2,16 +2,18 @@
 
 import json
 from dataclasses import asdict
+from typing import Annotated
 
 import typer
 
-from foregate.cli import bench_live
-from foregate.cli.generate import THREADS_HELP
+from foregate.cli import bench_live, options
+from foregate.cli.options import example_line
 from foregate.config import EngineConfig
 
+NAME = "bench"
 app = typer.Typer(help="Measure this machine, beside the alternatives in the same run.", no_args_is_help=True)
-for command in (bench_live.policies, bench_live.paper, bench_live.validate):
-    app.command()(command)
+for command, example in bench_live.COMMANDS.items():
+    app.command(epilog=example_line(example))(command)
 
 
 @app.callback()
@@ -19,13 +21,24 @@ def _group() -> None:
     pass
 
 
-@app.command()
+@app.command(epilog=example_line("foregate bench kernels --shape olmoe --bits 4 --bits 2"))
 def kernels(
-    shape: str = typer.Option("mixtral", help="Matrix of an expert of: mixtral, olmoe, qwen3 or gpt-oss."),
-    bits: list[int] = typer.Option([4, 3, 2, 8], help="Bits per weight; may be given several times."),
-    tokens: list[int] = typer.Option([1, 4, 16], help="Tokens at a time; may be given several times."),
-    threads: int = typer.Option(EngineConfig.threads, help=THREADS_HELP),
-    as_json: bool = typer.Option(False, "--json", help="Print JSON instead of a table."),
+    shape: Annotated[
+        str, typer.Option(metavar="NAME", help="Matrix of an expert of: mixtral, olmoe, qwen3 or gpt-oss.")
+    ] = "mixtral",
+    bits: Annotated[list[int], typer.Option(metavar="BITS", help="Bits per weight; may be given several times.")] = [
+        4,
+        3,
+        2,
+        8,
+    ],
+    tokens: Annotated[list[int], typer.Option(metavar="N", help="Tokens at a time; may be given several times.")] = [
+        1,
+        4,
+        16,
+    ],
+    threads: options.Threads = EngineConfig.threads,
+    as_json: options.Json = False,
 ) -> None:
     """Time products and whole experts from quantized records, in milliseconds, beside PyTorch and a plain read of memory."""
     from rich.box import SIMPLE_HEAD

@@ -2,26 +2,36 @@
 
 import sys
 from pathlib import Path
+from typing import Annotated
 
 import typer
 
-from foregate.cli.generate import MEMORY_HELP, POLICY_HELP, generate_and_report
+from foregate.cli import options
+from foregate.cli.generate import generate_and_report
 from foregate.config import DemoConfig, EngineConfig
 
 NAME = "demo"
+EXAMPLE = "foregate demo --memory 50%"
 
 
 def run(
-    model: Path = typer.Option(DemoConfig.model, help="Checkpoint of the demo model, in the project's folder."),
-    store: Path = typer.Option(DemoConfig.store, help="Where its store is kept; converted on first use."),
-    prompt: str = typer.Option(DemoConfig.prompt, help="Text to continue."),
-    memory: str = typer.Option(EngineConfig.memory, help=MEMORY_HELP),
-    policy: str = typer.Option(EngineConfig.policy, help=POLICY_HELP),
-    report: Path | None = typer.Option(None, help="Write a JSON report of the run to this file."),
+    model: Annotated[
+        Path, typer.Option(metavar="DIR", help="Checkpoint of the demo model, in the project's folder.")
+    ] = Path(DemoConfig.model),
+    store: Annotated[Path, typer.Option(metavar="DIR", help="Where its store is kept; converted on first use.")] = Path(
+        DemoConfig.store
+    ),
+    prompt: Annotated[str, typer.Option(metavar="TEXT", help="Text to continue.")] = DemoConfig.prompt,
+    memory: options.Memory = EngineConfig.memory,
+    policy: options.Policy = EngineConfig.policy,
+    report: options.Report = None,
 ) -> None:
     """Generate from the demo model with a quarter of its experts in memory. Run it in the project's folder."""
     from foregate import ForegateError, convert
+    from foregate.report import check_report_path
 
+    if report is not None:
+        check_report_path(report)
     if not model.is_dir():
         raise ForegateError(f"no demo model in {model}: run this in the project's folder, or name it with --model")
     if not (store / "foregate.json").exists():
@@ -34,4 +44,4 @@ def run(
         "seed": DemoConfig.seed,
     }
     engine = {"memory": memory, "policy": policy, "threads": DemoConfig.threads}
-    generate_and_report(store, prompt, engine, settings, report)
+    generate_and_report(store, prompt, engine, settings, report, as_json=False)

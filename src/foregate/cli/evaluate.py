@@ -2,41 +2,45 @@
 
 import json
 from pathlib import Path
+from typing import Annotated
 
 import typer
 
-from foregate.cli.generate import EXACT_HELP, KERNEL_HELP, MEMORY_HELP, POLICY_HELP, THREADS_HELP
+from foregate.cli import options
 from foregate.config import EngineConfig, EvaluateConfig
 
 NAME = "evaluate"
+EXAMPLE = "foregate evaluate model.store --text held-out.txt --memory 50%"
 
 
 def run(
-    store: Path = typer.Argument(..., metavar="STORE", help="Folder of a converted model."),
-    text: list[Path] = typer.Option(..., help="UTF-8 text file; may be given several times."),
-    window: int = typer.Option(EvaluateConfig.window, help="Tokens the model sees at a time."),
-    stride: int = typer.Option(EvaluateConfig.stride, help="Tokens the window moves on by."),
-    memory: str = typer.Option(EngineConfig.memory, help=MEMORY_HELP),
-    policy: str = typer.Option(EngineConfig.policy, help=POLICY_HELP),
-    threads: int = typer.Option(EngineConfig.threads, help=THREADS_HELP),
-    kernel: str = typer.Option(EngineConfig.kernel, help=KERNEL_HELP),
-    exact: bool = typer.Option(EngineConfig.exact, help=EXACT_HELP),
-    as_json: bool = typer.Option(False, "--json", help="Print JSON instead of a table."),
+    model: options.Model,
+    text: options.Texts,
+    window: Annotated[int, typer.Option(metavar="N", help="Tokens the model sees at a time.")] = EvaluateConfig.window,
+    stride: Annotated[int, typer.Option(metavar="N", help="Tokens the window moves on by.")] = EvaluateConfig.stride,
+    memory: options.Memory = EngineConfig.memory,
+    policy: options.Policy = EngineConfig.policy,
+    threads: options.Threads = EngineConfig.threads,
+    kernel: options.Kernel = EngineConfig.kernel,
+    exact: options.Exact = EngineConfig.exact,
+    as_json: options.Json = False,
+    bits: options.Bits = None,
+    yes: options.Yes = False,
 ) -> None:
     """Measure how well a model predicts texts: perplexity, and bits per byte."""
     from foregate import load
-    from foregate.checkpoint.store import Store
+    from foregate.cli.models import open_model
     from foregate.cli.progress import count_progress
     from foregate.model.evaluate import evaluate
     from foregate.model.generate import load_tokenizer
 
-    Store(store)
+    store = open_model(model, bits, yes)
     tokenizer = load_tokenizer(str(store))
-    model = load(store, memory=memory, policy=policy, threads=threads, kernel=kernel, exact=exact)
+    loaded = load(store, memory=memory, policy=policy, threads=threads, kernel=kernel, exact=exact)
     rows = []
     for file in text:
         with count_progress(file.name, "tokens") as progress:
-            result = evaluate(model, tokenizer, file, window=window, stride=stride, progress=progress)
+            result = evaluate(loaded, tokenizer, file, window=window, stride=stride, progress=progress)
         rows.append(
             {
                 "text": result.text,

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from foregate.cli.generate import MEMORY_HELP, THREADS_HELP
+from foregate.cli import options
 from foregate.config import EngineConfig, EvaluateGatesConfig, TraceConfig
 
 if TYPE_CHECKING:
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from foregate.lookahead.scores import Score
 
 NAME = "evaluate-gates"
+EXAMPLE = "foregate evaluate-gates model.store --text held-out.txt"
 HEADINGS = {
     "frequency": "frequency",
     "previous_token": "previous",
@@ -28,42 +30,55 @@ HEADINGS = {
 
 
 def run(
-    store: Path = typer.Argument(..., metavar="STORE", help="Folder of a converted model."),
-    text: list[Path] = typer.Option(
-        [], help="UTF-8 text file the gates were not trained on; may be given several times."
-    ),
-    trace: Path = typer.Option(None, metavar="DIR", help="Trace of this model to judge by, instead of texts."),
-    gates: Path = typer.Option(None, metavar="FILE", help="The gates; by default the store's own."),
-    fit: Path = typer.Option(
-        None,
-        metavar="DIR",
-        help="Trace that frequencies and ceiling are taken from; by default the first half of each text, which is then "
-        "not judged.",
-    ),
-    max_tokens: int = typer.Option(
-        None,
-        help=f"Tokens to use; 0: no limit. By default {EvaluateGatesConfig.max_tokens:,} of texts, all of a trace.",
-    ),
-    json: Path = typer.Option(None, metavar="OUT", help="Write every figure into this file."),
-    plot: Path = typer.Option(None, metavar="OUT", help="Draw a picture: a name ending with .png, .svg or .pdf."),
-    layers: bool = typer.Option(False, "--layers", help="Print a row for every source too."),
-    window: int = typer.Option(TraceConfig.window, help="With --text: tokens of a sequence."),
-    memory: str = typer.Option(EngineConfig.memory, help=f"With --text: {MEMORY_HELP}"),
-    scratch: Path = typer.Option(
-        None, metavar="DIR", help="With --text: folder for the temporary trace; by default where the store lies."
-    ),
-    threads: int = typer.Option(EngineConfig.threads, help=THREADS_HELP),
+    model: options.Model,
+    text: Annotated[
+        list[Path],
+        typer.Option(metavar="FILE", help="UTF-8 text the gates were not trained on; may be given several times."),
+    ] = [],
+    trace: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Trace of this model to judge by, instead of texts.")
+    ] = None,
+    gates: Annotated[Path | None, typer.Option(metavar="FILE", help="The gates; by default the store's own.")] = None,
+    fit: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="Trace that frequencies and ceiling are taken from; by default the first half of each text, which is "
+            "then not judged.",
+        ),
+    ] = None,
+    max_tokens: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            help=f"Tokens to use; 0: no limit. By default {EvaluateGatesConfig.max_tokens:,} of texts, all of a trace.",
+        ),
+    ] = None,
+    report: options.Report = None,
+    plot: options.Plot = None,
+    layers: Annotated[bool, typer.Option("--layers", help="Print a row for every source too.")] = False,
+    as_json: options.Json = False,
+    window: options.Window = TraceConfig.window,
+    memory: options.MemoryOfText = EngineConfig.memory,
+    scratch: options.Scratch = None,
+    threads: options.Threads = EngineConfig.threads,
+    bits: options.Bits = None,
+    yes: options.Yes = False,
 ) -> None:
     """Measure how well the lookahead gates foresee the experts of later layers, beside guesses that need no training."""
-    from foregate import ForegateError, evaluate_gates
+    from foregate import evaluate_gates
+    from foregate.cli.models import open_model
     from foregate.cli.progress import count_progress
+    from foregate.drawing import check_plot
     from foregate.lookahead.gates import write_whole
-    from foregate.lookahead.plots import check_plot, plot_evaluation
+    from foregate.lookahead.plots import plot_evaluation
+    from foregate.report import check_report_path
 
-    if json and not json.absolute().parent.is_dir():
-        raise ForegateError(f"--json {json}: there is no folder {json.absolute().parent}")
+    if report:
+        check_report_path(report)
     if plot:
         check_plot(plot)
+    store = open_model(model, bits, yes)
     with count_progress("judging", "sources") as progress:
         result = evaluate_gates(
             store,
@@ -76,14 +91,17 @@ def run(
             memory=memory,
             threads=threads,
             scratch=scratch,
-            announce=lambda line: print(line, flush=True),
+            announce=lambda line: print(line, file=sys.stderr if as_json else sys.stdout, flush=True),
             progress=progress,
         )
-    if json:
-        write_whole(json, result.to_json().encode())
+    if report:
+        write_whole(report, result.to_json().encode())
     if plot:
         plot_evaluation(result, plot)
-    _print(result, layers)
+    if as_json:
+        print(result.to_json())
+    else:
+        _print(result, layers)
 
 
 def _print(result: GateEvaluation, layers: bool) -> None:

@@ -1,101 +1,92 @@
-"""`foregate generate`: stream text from a store, then say how it went."""
+"""`foregate generate`: stream text from a model, then say how it went."""
 
 import sys
 import time
 from pathlib import Path
+from typing import Annotated
 
 import typer
 
-from foregate.cli.units import parse_bandwidths, parse_seconds
-from foregate.config import EngineConfig, GenerateConfig
+from foregate.cli import options
+from foregate.cli.units import link_settings
+from foregate.config import EngineConfig, GenerateConfig, ReportConfig
 
 NAME = "generate"
-POLICY_HELP = (
-    "What stays in memory and what is fetched ahead: lookahead (as the gates expect), lru (least recently used leaves), "
-    "demand (nothing is kept), mixtral-offloading or mixtral-offloading-code (the baselines); auto is lookahead where "
-    "the store has gates, otherwise lru."
-)
-MEMORY_HELP = "A share of the experts (25%), or bytes for backbone and experts together (8GiB)."
-
-THREADS_HELP = "Threads that compute; 0 is one per core."
-KERNEL_HELP = (
-    "What computes: cpu (native), triton (on a card), reference (PyTorch), or auto, the fastest that works here."
-)
-EXACT_HELP = (
-    "Keep activations in float32 with quantized experts, otherwise rounded to int8 on the CPU, which is faster; with a "
-    "device, compute all experts there."
-)
-DEVICE_HELP = (
-    "Where the model is computed: cpu, cuda, auto (cuda where there is a card), or simulated (host memory stands for a "
-    "device's). On a device, records lie in host memory, and --memory is the device's."
-)
-HOST_MEMORY_HELP = (
-    "With a device: bytes of host memory for records (16GiB); the rest stays on disk. Default: all of them."
-)
+EXAMPLE = "foregate generate model.store --prompt 'Once upon a time' --memory 25%"
 
 
 def run(
-    store: Path = typer.Argument(..., metavar="STORE", help="Folder of a converted model."),
-    prompt: str = typer.Option(..., help="Text to continue."),
-    max_new_tokens: int = typer.Option(GenerateConfig.max_new_tokens, help="Stop after so many tokens."),
-    memory: str = typer.Option(EngineConfig.memory, help=MEMORY_HELP),
-    policy: str = typer.Option(EngineConfig.policy, help=POLICY_HELP),
-    threads: int = typer.Option(EngineConfig.threads, help=THREADS_HELP),
-    kernel: str = typer.Option(EngineConfig.kernel, help=KERNEL_HELP),
-    exact: bool = typer.Option(EngineConfig.exact, help=EXACT_HELP),
-    device: str = typer.Option(EngineConfig.device, help=DEVICE_HELP),
-    host_memory: str | None = typer.Option(EngineConfig.host_memory, help=HOST_MEMORY_HELP),
-    eager: bool = typer.Option(EngineConfig.eager, help="On a card, do not capture the backbone's decode steps."),
-    link_bandwidth: str | None = typer.Option(None, help="Load records as if over a link this fast: 250MB, 1GB/s."),
-    link_latency: str | None = typer.Option(None, help="Seconds more for each record on the link: 50us, 1.5ms."),
-    temperature: float = typer.Option(GenerateConfig.temperature, help="0 is greedy; higher is more random."),
-    top_p: float = typer.Option(GenerateConfig.top_p, help="Sample from the likeliest tokens of this total share."),
-    seed: int = typer.Option(GenerateConfig.seed, help="Seed of the sampling."),
-    report: Path | None = typer.Option(None, help="Write a JSON report of the run to this file."),
+    model: options.Model,
+    prompt: Annotated[str, typer.Option(metavar="TEXT", help="Text to continue.")],
+    max_new_tokens: options.MaxNewTokens = GenerateConfig.max_new_tokens,
+    memory: options.Memory = EngineConfig.memory,
+    context: options.PlannedContext = None,
+    policy: options.Policy = EngineConfig.policy,
+    threads: options.Threads = EngineConfig.threads,
+    kernel: options.Kernel = EngineConfig.kernel,
+    exact: options.Exact = EngineConfig.exact,
+    device: options.Device = EngineConfig.device,
+    host_memory: options.HostMemory = EngineConfig.host_memory,
+    eager: options.Eager = EngineConfig.eager,
+    link_bandwidth: options.LinkBandwidth = None,
+    link_latency: options.LinkLatency = None,
+    temperature: options.Temperature = GenerateConfig.temperature,
+    top_p: options.TopP = GenerateConfig.top_p,
+    seed: options.Seed = GenerateConfig.seed,
+    report: options.Report = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print text and report as one JSON object on stdout, at the end.")
+    ] = False,
+    bits: options.Bits = None,
+    yes: options.Yes = False,
 ) -> None:
     """Continue a prompt with only part of the model's experts in memory.
 
     The text goes to stdout as it comes, the summary to stderr. It is the same text for every memory size and policy.
     """
+    from foregate.cli.models import open_model
+    from foregate.report import check_report_path
+
+    if report is not None:
+        check_report_path(report)
     generate_and_report(
-        store,
+        open_model(model, bits, yes),
         prompt,
         {"memory": memory, "policy": policy, "threads": threads, "kernel": kernel, "exact": exact}
         | {"device": device, "host_memory": host_memory, "eager": eager}
         | link_settings(link_bandwidth, link_latency),
         {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "seed": seed},
         report,
+        context,
+        as_json,
     )
 
 
-def link_settings(bandwidth: str | None, latency: str | None) -> dict[str, float]:
-    """What the options of the link say to `foregate.load`; nothing where they are not given. Raises ForegateError."""
-    settings = {}
-    if bandwidth is not None:
-        settings["link_bandwidth"] = parse_bandwidths(bandwidth, "--link-bandwidth")[0]
-    if latency is not None:
-        settings["link_latency"] = parse_seconds(latency, "--link-latency")
-    return settings
-
-
 def generate_and_report(
-    store: Path, prompt: str, engine_settings: dict, generate_settings: dict, report_path: Path | None
+    store: Path,
+    prompt: str,
+    engine_settings: dict,
+    generate_settings: dict,
+    report_path: Path | None,
+    context: int | None = None,
+    as_json: bool = False,
 ) -> None:
-    """Load, stream the text to stdout, print the summary to stderr and write the report if asked."""
+    """Load a checked store and write its text to stdout as it comes, then the summary to stderr; or all of it as JSON."""
     from foregate import load
-    from foregate.checkpoint.store import Store
-    from foregate.model.generate import generate, load_tokenizer
-    from foregate.report import build_report, check_report_path, write_report
+    from foregate.model.generate import count_tokens, generate, load_tokenizer
+    from foregate.report import build_report, to_text, write_report
 
-    if report_path is not None:
-        check_report_path(report_path)
     start = time.perf_counter()
-    Store(store)  # what is wrong with the folder is said before anything is loaded
     tokenizer = load_tokenizer(str(store))
-    model = load(store, **engine_settings)
+    prompt_tokens = count_tokens(tokenizer, prompt)
+    context = context or prompt_tokens + max(generate_settings["max_new_tokens"], 1)
+    model = load(store, **engine_settings, context=context, prompt=min(prompt_tokens, GenerateConfig.prompt_piece))
     load_seconds = time.perf_counter() - start
-    result = generate(model, tokenizer, prompt, emit=_write, start=lambda: _write(prompt), **generate_settings)
-    _write("\n")
+    emit = _ignore if as_json else _write
+    if report_path is not None or as_json:
+        model.foregate.recorder.record_timeline(ReportConfig.events)
+    result = generate(model, tokenizer, prompt, emit=emit, start=lambda: emit(prompt), **generate_settings)
+    emit("\n")
     report = build_report(
         model.foregate,
         {**engine_settings, "policy": model.foregate.policy, **generate_settings},
@@ -104,6 +95,9 @@ def generate_and_report(
     )
     if report_path is not None:
         write_report(report, report_path)
+    if as_json:
+        print(to_text({"prompt": prompt, "text": result.text, **report}), end="")
+        return
     from foregate.cli.summary import print_summary  # now: rich would count in the peak that the report names
 
     print_summary(report)
@@ -112,3 +106,7 @@ def generate_and_report(
 def _write(text: str) -> None:
     sys.stdout.write(text)
     sys.stdout.flush()
+
+
+def _ignore(text: str) -> None:
+    pass

@@ -2,17 +2,23 @@
 
 import time
 from pathlib import Path
+from typing import Annotated
 
 import typer
 
+from foregate.cli import options
+
 NAME = "inflate"
+EXAMPLE = "foregate inflate demo/mixtral-tiny wide --hidden 1024 --ffn 2048"
 
 
 def run(
-    source: str = typer.Argument(..., metavar="SRC", help="Checkpoint folder with safetensors weights, or a hub id."),
-    destination: Path = typer.Argument(..., metavar="DST", help="Where the checkpoint will be; must not exist yet."),
-    hidden: int = typer.Option(..., help="The new hidden size: a multiple of the model's."),
-    ffn: int = typer.Option(..., help="The new inner size of the experts: a multiple of theirs."),
+    source: options.Source,
+    destination: Annotated[
+        Path, typer.Argument(metavar="DST", help="Where the checkpoint will be; must not exist yet.")
+    ],
+    hidden: Annotated[int, typer.Option(metavar="N", help="The new hidden size: a multiple of the model's.")],
+    ffn: Annotated[int, typer.Option(metavar="N", help="The new inner size of the experts: a multiple of theirs.")],
 ) -> None:
     """Widen a small trained MoE checkpoint into a large one that computes the same function.
 

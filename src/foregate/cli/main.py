@@ -1,6 +1,7 @@
-"""The `foregate` command: one file per subcommand, errors as one line, exit codes 0 (done), 1 (bug), 2 (your input)."""
+"""The `foregate` command: one file per subcommand, errors as one line, exit codes as its help says."""
 
 import sys
+from typing import Annotated
 
 import typer
 
@@ -8,28 +9,48 @@ from foregate import ForegateError, __version__
 from foregate.cli import (
     align,
     bench,
+    chat,
     convert,
     demo,
+    doctor,
     evaluate,
     evaluate_gates,
     generate,
     inflate,
+    inspect,
+    plan,
+    plot,
     serve,
     simulate,
     trace,
     verify,
 )
+from foregate.cli.options import example_line
+
+# Commands by panel of the help, in its order: a module has NAME, and run with EXAMPLE, or an app of subcommands.
+PANELS = {
+    "Run": (demo, generate, chat, serve),
+    "Prepare": (doctor, plan, convert, inspect, verify, trace, align),
+    "Measure": (evaluate, evaluate_gates, plot, simulate, bench, inflate),
+}
+EXIT_CODES = """Exit codes: 0 done, 1 a bug, 2 something to mend, said in one line on stderr, 130 interrupted.
+
+Completion of commands, options and names: foregate --install-completion, for bash, zsh and fish."""
 
 app = typer.Typer(
     name="foregate",
     help="Run Mixture-of-Experts language models that are larger than the memory you have.",
+    epilog=EXIT_CODES,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for module in (demo, convert, verify, generate, serve, evaluate, trace, align, evaluate_gates, inflate, simulate):
-    app.command(name=module.NAME)(module.run)
-app.add_typer(bench.app, name="bench")
+for panel, modules in PANELS.items():
+    for module in modules:
+        if hasattr(module, "run"):
+            app.command(module.NAME, rich_help_panel=panel, epilog=example_line(module.EXAMPLE))(module.run)
+        else:
+            app.add_typer(module.app, name=module.NAME, rich_help_panel=panel)
 
 
 def _print_version(wanted: bool) -> None:
@@ -40,7 +61,9 @@ def _print_version(wanted: bool) -> None:
 
 @app.callback()
 def _options(
-    version: bool = typer.Option(False, "--version", callback=_print_version, is_eager=True, help="Print the version."),
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
 ) -> None:
     pass
 

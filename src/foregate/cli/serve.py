@@ -3,42 +3,58 @@
 import contextlib
 import sys
 from pathlib import Path
+from typing import Annotated
 
 import typer
 
-from foregate.cli.generate import EXACT_HELP, KERNEL_HELP, MEMORY_HELP, POLICY_HELP, THREADS_HELP
+from foregate.cli import options
 from foregate.config import EngineConfig, ServeConfig
 
 NAME = "serve"
+EXAMPLE = "foregate serve model.store --memory 25% --port 8000"
 
 
 def run(
-    store: Path = typer.Argument(..., metavar="STORE", help="Folder of a converted model."),
-    port: int = typer.Option(ServeConfig.port, min=0, max=65535, help="Port to listen on; 0 takes a free one."),
-    host: str = typer.Option(ServeConfig.host, help="Address to listen on; by default only this machine can connect."),
-    name: str = typer.Option(None, help="The model's name in the API; by default the folder's."),
-    api_key_file: Path = typer.Option(
-        None, metavar="FILE", help="File with the key clients must send; FOREGATE_API_KEY may hold it instead."
-    ),
-    memory: str = typer.Option(EngineConfig.memory, help=MEMORY_HELP),
-    policy: str = typer.Option(EngineConfig.policy, help=POLICY_HELP),
-    threads: int = typer.Option(EngineConfig.threads, help=THREADS_HELP),
-    kernel: str = typer.Option(EngineConfig.kernel, help=KERNEL_HELP),
-    exact: bool = typer.Option(EngineConfig.exact, help=EXACT_HELP),
-    context: int = typer.Option(
-        ServeConfig.context, help="Tokens of prompt and reply together; the model's own limit counts if it is smaller."
-    ),
-    max_running: int = typer.Option(ServeConfig.max_running, help="Replies that advance together."),
-    max_waiting: int = typer.Option(ServeConfig.max_waiting, help="Replies that may wait; more are refused with 429."),
-    prompt_chunk: int = typer.Option(
-        ServeConfig.prompt_chunk, help="Prompt tokens computed between two tokens of the running replies."
-    ),
+    model: options.Model,
+    port: Annotated[
+        int, typer.Option(metavar="N", min=0, max=65535, help="Port to listen on; 0 takes a free one.")
+    ] = ServeConfig.port,
+    host: Annotated[
+        str, typer.Option(metavar="ADDRESS", help="Address to listen on; by default only this machine can connect.")
+    ] = ServeConfig.host,
+    name: Annotated[
+        str | None, typer.Option(metavar="TEXT", help="The model's name in the API; by default the folder's.")
+    ] = None,
+    api_key_file: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="File with the key clients must send; FOREGATE_API_KEY may hold it instead."),
+    ] = None,
+    memory: options.Memory = EngineConfig.memory,
+    policy: options.Policy = EngineConfig.policy,
+    threads: options.Threads = EngineConfig.threads,
+    kernel: options.Kernel = EngineConfig.kernel,
+    exact: options.Exact = EngineConfig.exact,
+    device: options.Device = EngineConfig.device,
+    host_memory: options.HostMemory = EngineConfig.host_memory,
+    context: options.Context = ServeConfig.context,
+    max_running: Annotated[
+        int, typer.Option(metavar="N", help="Replies that advance together.")
+    ] = ServeConfig.max_running,
+    max_waiting: Annotated[
+        int, typer.Option(metavar="N", help="Replies that may wait; more are refused with 429.")
+    ] = ServeConfig.max_waiting,
+    prompt_chunk: Annotated[
+        int, typer.Option(metavar="N", help="Prompt tokens computed between two tokens of the running replies.")
+    ] = ServeConfig.prompt_chunk,
+    bits: options.Bits = None,
+    yes: options.Yes = False,
 ) -> None:
     """Serve a model over HTTP: OpenAI's chat and completions API, metrics, and a page at / with a chat and the experts.
 
     Ctrl-C lets running replies finish; a second one does not wait.
     """
     from foregate import ForegateError
+    from foregate.cli.models import open_model
 
     try:
         from foregate.serve.server import Address, serve
@@ -48,10 +64,19 @@ def run(
         raise ForegateError(f"the server needs the package {error.name}: pip install 'foregate[serve]'") from None
     with contextlib.suppress(KeyboardInterrupt):  # raised again by uvicorn when it has shut down
         serve(
-            store,
-            engine={"memory": memory, "policy": policy, "threads": threads, "kernel": kernel, "exact": exact},
+            open_model(model, bits, yes),
+            engine={
+                "memory": memory,
+                "policy": policy,
+                "threads": threads,
+                "kernel": kernel,
+                "exact": exact,
+                "device": device,
+                "host_memory": host_memory,
+                "eager": True,  # captured steps need one KV cache that stays where it is
+            },
             address=Address(host, port),
-            name=name,
+            name=name or Path(model).expanduser().resolve().name,
             key_file=api_key_file,
             limits={
                 "context": context,

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from foregate.cli import options
 from foregate.cli.units import format_seconds, parse_bandwidths, parse_seconds, split_list
 from foregate.config import SimulateConfig
 
@@ -17,53 +18,73 @@ if TYPE_CHECKING:
     from foregate.simulate import Machine
 
 NAME = "simulate"
+EXAMPLE = "foregate simulate --trace model.trace --gates model.store --link-bandwidth 500MB,2GB"
 ALL_POLICIES = "lru,mixtral-offloading,mixtral-offloading-code,lookahead,clairvoyant,clairvoyant-horizon"
 UNTRAINED = "untrained"
 
 
-def _time(default: float, what: str) -> str:
-    return typer.Option(None, metavar="TIME", help=f"{what}; by default {format_seconds(default)}, or the machine's.")
+def _time(default: float, what: str) -> Any:
+    return typer.Option(metavar="TIME", help=f"{what}; by default {format_seconds(default)}, or the machine's.")
 
 
 def run(
-    trace: Path = typer.Option(..., metavar="DIR", help="Trace whose routing is repeated (foregate trace)."),
-    gates: str = typer.Option(
-        UNTRAINED, metavar="FILE|STORE", help="Gates of the traced model: a file, a store that has them, or untrained."
-    ),
-    policy: str = typer.Option(ALL_POLICIES, help="Policies, joined by commas."),
-    memory: str = typer.Option(
-        SimulateConfig.memory, help="Shares of the experts, or bytes for them, joined by commas."
-    ),
-    link_bandwidth: str = typer.Option(None, help="Bytes a second of the link, such as 250MB,1GB."),
-    record_bytes: str = typer.Option(None, help="Size of an expert's record; by default that of the store in --gates."),
-    machine: str = typer.Option(
-        None,
-        metavar="NAME",
-        help="A machine that is not here, such as mixtral-8x7b-4bit-12gb-pcie4 (docs/benchmarks.md).",
-    ),
-    link_latency: str = _time(SimulateConfig.link_latency, "Fixed time of a record on the link"),
-    layer_time: str = _time(SimulateConfig.layer_time, "A layer without its experts"),
-    expert_time: str = _time(SimulateConfig.expert_time, "One expert"),
-    token_time: str = _time(SimulateConfig.token_time, "Embedding, output and sampling of a token"),
-    gate_time: str = _time(SimulateConfig.gate_time, "One prediction of the gates"),
-    tokens: int = typer.Option(SimulateConfig.tokens, help="Tokens of the trace, from its start; 0: all."),
-    warm_up: int = typer.Option(SimulateConfig.warm_up, help="Of them, tokens before counting starts."),
-    json: Path = typer.Option(None, metavar="OUT", help="Write every figure into this file."),
-    plot: Path = typer.Option(None, metavar="OUT", help="Draw a picture: a name ending with .png, .svg or .pdf."),
+    trace: Annotated[Path, typer.Option(metavar="DIR", help="Trace whose routing is repeated (foregate trace).")],
+    gates: Annotated[
+        str,
+        typer.Option(
+            metavar="FILE|STORE", help="Gates of the traced model: a file, a store that has them, or untrained."
+        ),
+    ] = UNTRAINED,
+    policy: Annotated[str, typer.Option(metavar="NAMES", help="Policies, joined by commas.")] = ALL_POLICIES,
+    memory: Annotated[
+        str, typer.Option(metavar="SIZES", help="Shares of the experts, or bytes for them, joined by commas.")
+    ] = SimulateConfig.memory,
+    link_bandwidth: Annotated[
+        str | None, typer.Option(metavar="SPEEDS", help="Bytes a second of the link, such as 250MB,1GB.")
+    ] = None,
+    record_bytes: Annotated[
+        str | None,
+        typer.Option(metavar="SIZE", help="Size of an expert's record; by default that of the store in --gates."),
+    ] = None,
+    machine: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="A machine that is not here, such as mixtral-8x7b-4bit-12gb-pcie4 (docs/benchmarks.md).",
+        ),
+    ] = None,
+    link_latency: Annotated[
+        str | None, _time(SimulateConfig.link_latency, "Fixed time of a record on the link")
+    ] = None,
+    layer_time: Annotated[str | None, _time(SimulateConfig.layer_time, "A layer without its experts")] = None,
+    expert_time: Annotated[str | None, _time(SimulateConfig.expert_time, "One expert")] = None,
+    token_time: Annotated[
+        str | None, _time(SimulateConfig.token_time, "Embedding, output and sampling of a token")
+    ] = None,
+    gate_time: Annotated[str | None, _time(SimulateConfig.gate_time, "One prediction of the gates")] = None,
+    tokens: Annotated[
+        int, typer.Option(metavar="N", help="Tokens of the trace, from its start; 0: all.")
+    ] = SimulateConfig.tokens,
+    warm_up: Annotated[
+        int, typer.Option(metavar="N", help="Of them, tokens before counting starts.")
+    ] = SimulateConfig.warm_up,
+    report: options.Report = None,
+    plot: options.Plot = None,
+    as_json: options.Json = False,
 ) -> None:
     """Repeat a trace's routing on a machine made of numbers, under the schedulers the engine uses."""
     from foregate import ForegateError
     from foregate.bench.plots import plot_speeds
     from foregate.cli.tables import print_simulated
-    from foregate.lookahead.plots import check_plot
+    from foregate.drawing import check_plot
     from foregate.lookahead.trace import Trace
-    from foregate.report import check_report_path, write_report
+    from foregate.report import check_report_path, deliver
     from foregate.simulate.cells import simulate_cells
     from foregate.simulate.presets import preset
     from foregate.simulate.workload import Workload
 
-    if json:
-        check_report_path(json)
+    if report:
+        check_report_path(report)
     if plot:
         check_plot(plot)
     opened = Trace(trace)
@@ -85,7 +106,7 @@ def run(
     }
     base = replace(base, **{name: parse_seconds(*given) for name, given in times.items() if given[0] is not None})
     note = chosen.describe(workload.shape) if chosen else ""
-    if note:
+    if note and not as_json:
         print(note)
     rows = []
     for cell in simulate_cells(
@@ -97,11 +118,11 @@ def run(
         warm_up=warm_up,
         time_scale=chosen.time_scale(workload.shape) if chosen else 1.0,
     ):
-        print_simulated(cell)
+        if not as_json:
+            print_simulated(cell)
         rows += [result.to_json() for result in cell]
-    if json:
-        settings = {"trace": opened.path.name, "gates": Path(gates).name, "tokens": count, "warm_up": warm_up}
-        write_report({**settings, "machine": asdict(base), "projected": note or None, "rows": rows}, json)
+    settings = {"trace": opened.path.name, "gates": Path(gates).name, "tokens": count, "warm_up": warm_up}
+    deliver({**settings, "machine": asdict(base), "projected": note or None, "rows": rows}, report, as_json)
     if plot:
         plot_speeds(rows, plot, note)
 

@@ -49,3 +49,13 @@ def format_bandwidth(bandwidth: float | None) -> str:
     if bandwidth is None:
         return "unpaced"
     return f"{bandwidth / 1e9:g} GB/s" if bandwidth >= 1e9 else f"{bandwidth / 1e6:g} MB/s"
+
+
+def link_settings(bandwidth: str | None, latency: str | None) -> dict[str, float]:
+    """What the options of the link say to `foregate.load`; nothing where they are not given. Raises ForegateError."""
+    settings = {}
+    if bandwidth is not None:
+        settings["link_bandwidth"] = parse_bandwidths(bandwidth, "--link-bandwidth")[0]
+    if latency is not None:
+        settings["link_latency"] = parse_seconds(latency, "--link-latency")
+    return settings

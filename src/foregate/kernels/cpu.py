@@ -22,7 +22,7 @@ from foregate.quantize.matrix import QuantizedMatrix, plane_shapes
 
 Matrix = QuantizedMatrix | torch.Tensor  # plain: bfloat16, float16 or float32 [rows, cols]
 
-_INTERFACE = 3  # FG_INTERFACE
+_INTERFACE = 4  # FG_INTERFACE
 _KINDS = {torch.bfloat16: 16, torch.float16: 17, torch.float32: 32}  # enum fg_kind; quantized kinds are their bits
 _FUNCTIONS = ("silu", "gelu_tanh", "gelu", "relu2", "relu")  # enum fg_function
 _LAYOUTS = ("ungated", "concatenated", "interleaved")  # enum fg_layout

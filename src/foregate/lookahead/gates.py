@@ -9,8 +9,9 @@ import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
@@ -73,10 +74,19 @@ class GatesHeader:
         return cls(**data)
 
 
+class Foreseen(NamedTuple):
+    """What the gate of a source says. Probabilities in float32."""
+
+    ahead: list[np.ndarray]  # [experts] of each target, nearest first
+    reuse: np.ndarray | None  # [windows, experts] of the source's own layer, where there is a head
+
+
 class LookaheadGates:
     """The gates of one model and the latest router scores of the sequence they follow.
 
-    One object follows one sequence. Feed it every router call by `observe`; ask `predict` for what comes next.
+    One object follows one sequence. Feed it every router call by `observe`; ask `foresee` for what comes next. Of several
+    tokens in one call, a prompt's or a batch's, it says which experts any of them will choose; the last one counts as the
+    newest.
     """
 
     def __init__(self, header: GatesHeader, gates: Sequence[LookaheadGate]) -> None:
@@ -92,35 +102,41 @@ class LookaheadGates:
         self._history = [UseHistory(layer.num_experts) for layer in self.header.layers]
 
     def observe(self, layer: int, scores: torch.Tensor, chosen: torch.Tensor) -> None:
-        """Note what the router of MoE layer `layer` did for the newest token.
+        """Note what the router of MoE layer `layer` did.
 
-        scores: float [num_experts or more]; chosen: int [top_k], an index outside the experts is none.
+        scores: float [tokens, num_experts or more]; chosen: int [tokens, top_k], an index outside the experts is none.
         """
         experts = self.header.layers[layer].num_experts
-        self._recent[layer] = scores[:experts].float()
-        self._history[layer].observe(chosen_mask(chosen.long()[None], experts)[0])
+        self._recent[layer] = scores[-1, :experts].float()
+        for used in chosen_mask(chosen.long(), experts):
+            self._history[layer].observe(used)
 
     @torch.inference_mode()
     def predict(self, source: int, hidden: torch.Tensor) -> list[tuple[Target, torch.Tensor]]:
         """For each target of `source`, nearest first: float32 [num_experts], the probability of each expert.
 
-        hidden: float32 [input_size], the router's input of layer `source`, or the sampled token's embedding.
+        hidden: float32 [tokens, input_size], the router's input of layer `source`, or embeddings of sampled tokens.
         """
         gate = self.gates[source]
         if source == len(self.header.layers):
             hidden = token_source(hidden)
         recent = torch.cat([self._recent[target.layer] for target in self.targets[source]])
-        parts = gate.probabilities(gate(hidden[None], recent[None]))
-        return [(target, part[0]) for target, part in zip(self.targets[source], parts, strict=True)]
+        parts = gate.probabilities(gate(hidden, recent.expand(len(hidden), -1)))
+        return [(target, 1 - (1 - part).prod(0)) for target, part in zip(self.targets[source], parts, strict=True)]
 
     @torch.inference_mode()
     def reuse(self, layer: int, hidden: torch.Tensor) -> torch.Tensor:
         """float32 [windows, num_experts]: how probable it is that one of the next 1, 4 and 16 tokens uses the expert.
 
-        hidden: float32 [input_size], the router's input of MoE layer `layer`, whose call was observed.
+        hidden: float32 [tokens, input_size], the router's input of MoE layer `layer`, whose call was observed.
         """
         features = self._history[layer].features(self._recent[layer])
-        return torch.sigmoid(self.gates[layer].reuse(hidden[None], features[None]))[0]
+        return torch.sigmoid(self.gates[layer].reuse(hidden[-1:], features[None]))[0]
+
+    def foresee(self, source: int, hidden: torch.Tensor) -> Foreseen:
+        """What `predict` and, where the source's layer has a head, `reuse` say."""
+        ahead = [probabilities.numpy() for _, probabilities in self.predict(source, hidden)]
+        return Foreseen(ahead, None if self.gates[source].reuse is None else self.reuse(source, hidden).numpy())
 
     def save(self, path: Path) -> None:
         """Write the gates whole or not at all; an existing file is replaced. Raises OSError."""

@@ -1,4 +1,8 @@
-"""The guess of Mixtral-offloading: the next layer's router on this layer's router input, no norm in between."""
+"""Guesses without training: the next layer's router on this layer's router input.
+
+`NextRouter` is Mixtral-offloading's, no norm in between, a predictor by itself. `OwnRouters` is what a scheduler hears
+beside gates, to fall back on where they do worse: gates of horizon 1 before alignment, behind the right norm.
+"""
 
 import time
 from collections.abc import Sequence
@@ -9,8 +13,28 @@ import torch
 from transformers import PreTrainedModel
 
 from foregate.checkpoint.store import LayerInfo
+from foregate.lookahead.untrained import untrained_of_model
 from foregate.model.routers import Router, find_routers, router_input
 from foregate.schedule import Prediction
+
+
+class OwnRouters:
+    """Probabilities of the next layer's experts within a token. Raises ForegateError when a router cannot be found."""
+
+    def __init__(self, model: PreTrainedModel, layers: tuple[LayerInfo, ...]) -> None:
+        self._gates = untrained_of_model(model, layers, horizon=1).gates[: len(layers) - 1]
+
+    @torch.inference_mode()
+    def guess(self, layer: int, hidden: torch.Tensor) -> np.ndarray | None:
+        """float32 [experts] of the layer after `layer`, that any of the tokens chooses it; None after the last layer.
+
+        hidden: float32 [tokens, inputs], the router's input of `layer`.
+        """
+        if layer >= len(self._gates):
+            return None
+        gate = self._gates[layer]
+        chosen = gate.probabilities(gate(hidden, hidden.new_zeros(len(hidden), gate.sizes[0])))[0]
+        return (1.0 - (1.0 - chosen).prod(0)).numpy()
 
 
 class NextRouter:

@@ -5,14 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from foregate.errors import ForegateError
+from foregate.drawing import check_plot, picture
 from foregate.lookahead.evaluation import GateEvaluation
 from foregate.lookahead.scores import CEILING, FREQUENCY, GATE, METHODS, NEXT_ROUTER, PREVIOUS, UNTRAINED
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-FORMATS = (".png", ".svg", ".pdf")
 LABELS = {
     FREQUENCY: "frequency",
     PREVIOUS: "previous token",
@@ -25,34 +24,16 @@ COLOURS = dict(zip(METHODS, ("#999999", "#777777", "#c77b30", "#2a9d8f", "#1d355
 MARKERS = dict(zip(METHODS, ("x", "+", "^", "s", "o", "d"), strict=True))
 LINES = dict(zip(METHODS, (":", "-.", "--", "--", "-", ":"), strict=True))
 KINDS = ("in token", "next token", "from token")
-DPI = 150
-
-
-def check_plot(path: Path) -> None:
-    """Raise ForegateError unless a picture of this name can be drawn here."""
-    if path.suffix.lower() not in FORMATS:
-        raise ForegateError(f"--plot {path}: the name must end with {', '.join(FORMATS)}")
-    if not path.absolute().parent.is_dir():
-        raise ForegateError(f"--plot {path}: there is no folder {path.absolute().parent}")
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError:
-        raise ForegateError('--plot needs matplotlib: pip install "foregate[plot]"') from None
 
 
 def plot_evaluation(evaluation: GateEvaluation, path: Path) -> None:
     """Draw recall by horizon, recall by source and calibration into one PNG, SVG or PDF. Raises ForegateError, OSError."""
     check_plot(path)
-    from matplotlib import rc_context
-    from matplotlib.figure import Figure
-
-    with rc_context({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "svg.hashsalt": "foregate"}):
-        figure = Figure(figsize=(14, 4.6), layout="constrained")
+    with picture((14, 4.6), path) as figure:
         by_horizon, by_source, calibration = figure.subplots(1, 3, width_ratios=(1.25, 1.25, 1))
         _by_horizon(by_horizon, evaluation)
         _by_source(by_source, evaluation)
         _calibration(calibration, evaluation)
-        figure.savefig(path, dpi=DPI, metadata={"Date": None} if path.suffix.lower() == ".svg" else None)
 
 
 def _style(method: str) -> dict[str, object]:

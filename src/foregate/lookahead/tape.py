@@ -1,7 +1,7 @@
 """From a trace to the calls a scheduler would have seen, had the tokens been decoded one by one.
 
-What is predicted around the calls differs by policy: nothing, what gates say (`tape`), or the guess of
-Mixtral-offloading (`next_router_tape`). The rows need not be consecutive: they are taken for one sequence, so gates
+What is predicted around the calls differs by policy: nothing, what gates say and the next layer's own router beside them
+(`tape`), or the guess of Mixtral-offloading (`next_router_tape`). The rows need not be consecutive: they are taken for one sequence, so gates
 know the rows' own past only.
 """
 
@@ -11,11 +11,12 @@ import numpy as np
 import torch
 
 from foregate.lookahead.baselines import by_next_router
-from foregate.lookahead.gate import Target, token_source
+from foregate.lookahead.gate import LookaheadGate, Target, token_source
 from foregate.lookahead.gates import LookaheadGates
 from foregate.lookahead.metrics import chosen_mask
 from foregate.lookahead.reuse import history_features
 from foregate.lookahead.trace import Trace
+from foregate.lookahead.untrained import untrained_of_trace
 from foregate.schedule import Call, Prediction
 
 Rows = slice | torch.Tensor  # of a trace: consecutive ones, or int64 [rows]
@@ -28,8 +29,9 @@ def tape(trace: Trace, gates: LookaheadGates | None, rows: Rows) -> list[Call]:
     layers = range(len(trace.layers))
     if gates is None:
         return _calls(trace, rows, None, [None for _ in layers])
-    before = _predictions(trace, gates, len(layers), rows)
-    return _calls(trace, rows, before, [_predictions(trace, gates, layer, rows) for layer in layers])
+    own = untrained_of_trace(trace, horizon=1)
+    before = _predictions(trace, gates, own, len(layers), rows)
+    return _calls(trace, rows, before, [_predictions(trace, gates, own, layer, rows) for layer in layers])
 
 
 @torch.inference_mode()
@@ -64,7 +66,8 @@ def _guesses(trace: Trace, layer: int, rows: Rows) -> Predictions | None:
     return [Prediction(layer, ((layer + 1, row),)) for row in likely]
 
 
-def _predictions(trace: Trace, gates: LookaheadGates, source: int, rows: Rows) -> Predictions:
+def _predictions(trace: Trace, gates: LookaheadGates, own: LookaheadGates, source: int, rows: Rows) -> Predictions:
+    """own: gates of horizon 1 before alignment, for the guess."""
     layers, gate = len(trace.layers), gates.gates[source]
     token = source == layers
     hidden = token_source(trace.embeddings[rows]) if token else trace.inputs(source)[rows].float()
@@ -72,15 +75,21 @@ def _predictions(trace: Trace, gates: LookaheadGates, source: int, rows: Rows) -
     parts = [part.numpy() for part in gate.probabilities(gate(hidden, recent))]
     reuse = None if gate.reuse is None else _reuse(trace, gates, source, rows, hidden)
     aims = [target.layer for target in gates.targets[source]]
+    guess = None if source + 1 >= layers else _guess(own.gates[source], hidden)
     return [
         Prediction(
             layer=layers - 1 if token else source,
             ahead=tuple((aim, part[row]) for aim, part in zip(aims, parts, strict=True)),
             reuse=None if reuse is None else reuse[row],
             token=token,
+            guess=None if guess is None else guess[row],
         )
         for row in range(len(hidden))
     ]
+
+
+def _guess(gate: LookaheadGate, hidden: torch.Tensor) -> np.ndarray:
+    return gate.probabilities(gate(hidden, hidden.new_zeros(len(hidden), gate.sizes[0])))[0].numpy()
 
 
 def _recent(trace: Trace, target: Target, rows: Rows) -> torch.Tensor:

@@ -1,5 +1,6 @@
 """This process's memory as the kernel counts it."""
 
+import contextlib
 import ctypes
 import gc
 import resource
@@ -16,6 +17,20 @@ def peak_memory_bytes() -> int:
         return int(next(line for line in lines if line.startswith("VmHWM")).split()[1]) * 1024
     except (OSError, StopIteration):
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def forget_peak_memory() -> None:
+    """Let `peak_memory_bytes` count from now on, where the kernel allows it."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def resident_bytes() -> int:
+    """The memory that this process holds resident now, in bytes."""
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+    except (OSError, ValueError):
+        return peak_memory_bytes()
 
 
 def return_unused_memory() -> None:

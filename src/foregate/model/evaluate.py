@@ -60,9 +60,11 @@ def evaluate(
     for start, end, first in _windows(len(ids), window - len(prefix), stride):
         inputs = torch.cat([prefix, ids[start:end]])
         with torch.inference_mode():
-            logits = model(inputs[None], logits_to_keep=end - first + 1, use_cache=False).logits[0, :-1]
+            logits = model(inputs[None].to(model.device), logits_to_keep=end - first + 1, use_cache=False).logits[
+                0, :-1
+            ]
         targets = ids[first:end][-len(logits) :]
-        nats += functional.cross_entropy(logits.float(), targets, reduction="sum").item()
+        nats += functional.cross_entropy(logits.float().cpu(), targets, reduction="sum").item()
         predicted += len(targets)
         progress(end, len(ids))
     return Evaluation(str(file), len(text.encode()), predicted, nats)

@@ -48,6 +48,11 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
         raise ForegateError(f"{path} has no tokenizer that transformers can read: {first_line(error)}") from None
 
 
+def count_tokens(tokenizer: PreTrainedTokenizerBase, prompt: str) -> int:
+    """How many tokens a prompt has. Raises ForegateError for one that is empty or no text."""
+    return _encode(tokenizer, prompt, None)["input_ids"].shape[-1]
+
+
 def generate(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -65,7 +70,7 @@ def generate(
 
     A prompt of more than `prompt_piece` tokens is computed in pieces of so many, where the family takes it. Raises ForegateError for an empty prompt or settings out of range.
     """
-    _check(max_new_tokens, temperature, top_p, seed)
+    check_settings(max_new_tokens, temperature, top_p, seed)
     inputs = _encode(tokenizer, prompt, getattr(model.config.get_text_config(), "max_position_embeddings", None))
     streamer = _TimedStreamer(tokenizer, emit)
     sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature else {"do_sample": False}
@@ -110,7 +115,8 @@ def _encode(tokenizer: PreTrainedTokenizerBase, prompt: str, limit: int | None) 
     return inputs
 
 
-def _check(max_new_tokens: int, temperature: float, top_p: float, seed: int) -> None:
+def check_settings(max_new_tokens: int, temperature: float, top_p: float, seed: int) -> None:
+    """Raise ForegateError, naming the option, for settings out of range."""
     if max_new_tokens < 1:
         raise ForegateError(f"--max-new-tokens {max_new_tokens}: at least 1 is needed")
     if not 0 <= temperature < float("inf"):

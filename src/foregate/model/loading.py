@@ -4,12 +4,13 @@ import contextlib
 import threading
 import weakref
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
 from foregate.checkpoint.architecture import Architecture, inspect_architecture
@@ -21,21 +22,21 @@ from foregate.device_engine import DeviceEngine
 from foregate.engine import Engine, HostEngine
 from foregate.errors import ForegateError, first_line
 from foregate.kernels import set_threads
-from foregate.memory.budget import Budget, divide
-from foregate.memory.device import Device
+from foregate.memory.budget import divide, divide_host
 from foregate.memory.devices import open_device
+from foregate.memory.limits import host_memory as free_host_memory
+from foregate.memory.needs import Session, Tier, host_needs, needs
 from foregate.memory.process import return_unused_memory
 from foregate.model.experts import streamed_experts
 from foregate.model.linear import read_matrices, with_quantized_linears
-from foregate.model.on_device import backbone_bytes, capture, check_room, compute_dtype, dequantize_linears, move
-from foregate.schedule import Route
+from foregate.model.on_device import capture, dequantize_linears, move
+from foregate.schedule import AUTO, GATES, NEXT_ROUTER, Route, told_by
 
 if TYPE_CHECKING:
     from foregate.lookahead.gates import LookaheadGates
 
 MAX_THREADS = 256
-LOOKAHEAD_BOUND = "clairvoyant-horizon"  # listens to gates too, and corrects them
-AUTO, LOOKAHEAD, LRU, MIXTRAL_OFFLOADING = "auto", "lookahead", "lru", "mixtral-offloading"
+LOOKAHEAD, LRU = "lookahead", "lru"  # what AUTO chooses from
 _BUILDING = threading.Lock()  # class names are swapped while a model is built
 
 
@@ -43,6 +44,9 @@ def load(
     store: str | Path,
     *,
     memory: str | int = EngineConfig.memory,
+    context: int = EngineConfig.context,
+    prompt: int = EngineConfig.prompt,
+    sequences: int = 1,
     policy: str = EngineConfig.policy,
     readers: int = EngineConfig.readers,
     threads: int = EngineConfig.threads,
@@ -58,12 +62,17 @@ def load(
 ) -> PreTrainedModel:
     """Load a store as a transformers model whose experts are read on demand.
 
-    memory: a share of the experts ("25%") or bytes ("8GiB", 8589934592) for backbone and experts together, on `device`.
+    memory: a share of the experts ("25%") or bytes ("8GiB", 8589934592) for all that is held on `device`: on the CPU what
+    this process holds now, backbone, KV cache, gates, the passes' transients, and with what is left as many experts as
+    fit. context, prompt, sequences: what that is to be enough for: tokens of prompt and reply together, of them those of a
+    prompt that one pass takes in, and how many such sequences at a time. Longer ones work, and take more. `foregate.plan`
+    says beforehand where the bytes will go.
     device: "cpu", "cuda", "auto" (cuda where there is a card, otherwise cpu), or "simulated": host memory standing for a
-    device's. On a device the backbone is in bfloat16 (simulated: float32), records lie in host memory, or as many of them
-    as `host_memory` ("16GiB") has room for, and experts that are not resident are computed where that is done first.
-    eager: do not capture the backbone's decode steps on a card, which takes a while at the first ones.
-    policy: a name of foregate.schedule.POLICIES, or "auto": "lookahead" where the store has gates, otherwise "lru".
+    device's. On a device the backbone is in bfloat16 (simulated: float32), records lie in host memory, all of them or as
+    many as `host_memory` ("16GiB", "50%") has room for, and experts that are not resident are computed where that is done
+    first. eager: do not capture the backbone's decode steps on a card, which takes a while at the first ones.
+    policy: a name of foregate.schedule.POLICIES, yours among them (foregate.schedule.register), or "auto": "lookahead"
+    where the store has gates, otherwise "lru".
     readers: threads that read; threads: threads that compute, for the whole process, 0 is one per core.
     kernel: "auto", "cpu" (native), "triton" (on a device) or "reference" (PyTorch). exact: keep activations in float32
     where the native kernel would round them to int8, with quantized experts, and compute all experts on the device.
@@ -72,8 +81,8 @@ def load(
     router. future: every call of a layer to come, for the bounds (foregate.schedule.BOUNDS).
 
     The result is an ordinary model: `generate`, pipelines and evaluation harnesses work on it; its `foregate` attribute
-    is the engine. Raises ForegateError on a damaged store, a budget that is too small or too large for the device, an
-    unknown policy or device, or an impossible number of threads.
+    is the engine. Raises ForegateError on a damaged store, a budget that is too small or more than there is, an unknown
+    policy or device, or an impossible number of threads.
     """
     if not 0 <= threads <= MAX_THREADS or not 1 <= readers <= MAX_THREADS:
         raise ForegateError(f"threads={threads}, readers={readers}: 0 or 1 to {MAX_THREADS} are possible")
@@ -83,10 +92,19 @@ def load(
     if threads:
         set_threads(threads)
     target = open_device(device, link_bandwidth, link_latency)
-    budget = _divide(str(memory), opened, architecture, target)
     if policy == AUTO:
         policy = LOOKAHEAD if (opened.path / GATES_FILE).is_file() else LRU
-    if gates is None and policy in (LOOKAHEAD, LOOKAHEAD_BOUND):
+    wanted = Session(context, prompt, sequences).within(context_limit(architecture.model.config))
+    gates_size, free = gates_bytes(opened.path, policy), free_host_memory().free
+    if target is None:
+        budget = divide(str(memory), opened, needs(architecture, opened, wanted, gates=gates_size), free=free)
+    else:
+        tier = Tier.of(target)
+        records = divide_host(host_memory, opened, host_needs(architecture, tier, gates_size), least=readers, free=free)
+        needed = needs(architecture, opened, wanted, tier=tier)
+        budget = divide(str(memory), opened, needed, free=target.free_bytes + tier.context_bytes)
+        budget = replace(budget, host=records)
+    if gates is None and told_by(policy) == GATES:
         from foregate.lookahead.gates import LookaheadGates  # other policies need none of that in memory
 
         gates = LookaheadGates.load(opened.path / GATES_FILE, opened.layers)
@@ -96,7 +114,7 @@ def load(
     if target is None:
         engine = HostEngine(opened, budget, **settings)
     else:
-        engine = DeviceEngine.open(opened, budget, target, host_memory, dtype=compute_dtype(target), **settings)
+        engine = DeviceEngine.open(opened, budget, target, dtype=tier.dtype, **settings)
     try:
         model = _build_backbone(opened, architecture)
         _connect(model, opened, engine)
@@ -115,21 +133,13 @@ def load(
     return model
 
 
-def _divide(memory: str, store: Store, architecture: Architecture, target: Device | None) -> Budget:
-    if target is None:
-        return divide(memory, store, _backbone_bytes(store, architecture))
-    budget = divide(memory, store, backbone_bytes(architecture, compute_dtype(target)))
-    check_room(budget, target, store.top_k)
-    return budget
-
-
 def _follow(engine: Engine, model: PreTrainedModel, gates: "LookaheadGates | None") -> None:
     """Have the engine told by gates, or by the guesses of its policy, what is to come."""
     if gates is not None:
         from foregate.lookahead.live import LiveGates
 
         engine.follow(LiveGates(gates, model, engine))
-    elif engine.policy == MIXTRAL_OFFLOADING:
+    elif told_by(engine.policy) == NEXT_ROUTER:
         from foregate.lookahead.guess import NextRouter
 
         engine.follow(NextRouter(model, engine.store.layers))
@@ -150,7 +160,7 @@ def _build_backbone(store: Store, architecture: Architecture) -> PreTrainedModel
     model_class = type(architecture.model)
     builder = with_quantized_linears(model_class, [matrix.module for matrix in store.matrices])
     try:
-        with _BUILDING, _quiet(), streamed_experts(architecture.expert_classes):
+        with _BUILDING, quiet(), streamed_experts(architecture.expert_classes):
             model, info = builder.from_pretrained(
                 None,
                 config=architecture.model.config,
@@ -203,16 +213,19 @@ def _has_linear(architecture: Architecture, matrix: MatrixInfo) -> bool:
     return isinstance(module, nn.Linear) and (module.out_features, module.in_features) == matrix.shape
 
 
-def _backbone_bytes(store: Store, architecture: Architecture) -> int:
-    """Bytes of everything but the experts: quantized matrices as packed, the rest in float32; tied weights count once."""
-    elsewhere = {f"{layer.name}.{name}" for layer in architecture.layers for name in layer.params}
-    elsewhere |= {f"{matrix.module}.weight" for matrix in store.matrices}
-    plain = (param for name, param in architecture.model.named_parameters() if name not in elsewhere)
-    return store.matrices_bytes + sum(param.numel() * torch.float32.itemsize for param in plain)
+def context_limit(config: PretrainedConfig) -> int | None:
+    """The most tokens that a model was made for; None if its configuration does not say."""
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
+
+
+def gates_bytes(folder: Path, policy: str) -> int:
+    """Bytes of the lookahead gates in a model's folder, which are held as they are stored; 0 if `policy` has no use for them."""
+    file = folder / GATES_FILE
+    return file.stat().st_size if told_by(policy) == GATES and file.is_file() else 0
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """No progress bar and no advice while a backbone loads: it takes a moment, and errors are raised anyway."""
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()

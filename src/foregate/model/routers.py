@@ -86,7 +86,7 @@ def router_input(args: tuple, kwargs: dict[str, Any]) -> torch.Tensor:
 
 def _scores(output: Any, index: int) -> torch.Tensor:
     scores = output[index] if isinstance(output, tuple) else output
-    return scores.reshape(-1, scores.shape[-1])
+    return scores if scores.dim() == 2 else scores.reshape(-1, scores.shape[-1])
 
 
 def _watch(model: PreTrainedModel, experts: list[nn.Module]) -> list[_Call]:

@@ -5,6 +5,7 @@
 #include <string>
 
 #include "foregate.h"
+#include "gate.h"
 #include "layer.h"
 #include "runtime.h"
 
@@ -53,6 +54,34 @@ void check(const fg_expert& e, const fg_expert& like, int layout, int64_t tokens
     for (int64_t i = 0; i < e.tokens; i++) {
         require(e.sources[i] >= 0 && e.sources[i] < tokens, "an expert's source is not a row of x");
         require(e.destinations[i] >= 0 && e.destinations[i] < places, "an expert's destination is not a row of y");
+    }
+}
+
+void check(const fg_history* h) {
+    require(h && h->experts > 0 && h->half_lives >= 0, "a history is missing or empty");
+    require(h->scores && h->ages && (h->half_lives == 0 || (h->decays && h->uses)), "a history lacks an array");
+}
+
+void check(const fg_gate& g) {
+    require(g.targets > 0 && g.aims && g.top_k && g.scales && g.shifts, "a gate lacks its targets");
+    int64_t outputs = 0;
+    for (int64_t i = 0; i < g.targets; i++) {
+        check(g.aims[i]);
+        require(g.top_k[i] > 0, "a target's top_k must be positive");
+        outputs += g.aims[i]->experts;
+    }
+    check(g.base);
+    require(g.base_bias && g.base.rows >= outputs, "a gate's first matrix has too few rows or no bias");
+    if (g.down.data) {
+        check(g.down);
+        check(g.up);
+        const int64_t read = (g.base.cols + foregate::BLOCK - 1) / foregate::BLOCK * foregate::BLOCK;
+        require(g.down_bias && g.down.cols == read + outputs && g.up.rows == outputs && g.up.cols == g.down.rows,
+                "the matrices of a gate do not fit together");
+    }
+    if (g.own) {
+        check(g.own);
+        require(g.windows > 0 && g.reuse_up && g.reuse_bias && g.reuse_shared, "a reuse head lacks a matrix");
     }
 }
 
@@ -108,5 +137,22 @@ int fg_moe(const float* x, int64_t tokens, const fg_expert* experts, int64_t cou
         require(activation->limit > 0, "the limit must be positive");
         for (int64_t i = 0; i < count; i++) check(experts[i], experts[0], activation->layout, tokens, places);
         foregate::moe(x, experts, count, *activation, exact != 0, y);
+    });
+}
+
+int fg_observe(fg_history* history, const float* scores, const int64_t* chosen, int64_t tokens, int64_t top_k) {
+    return guarded([&] {
+        check(history);
+        require(tokens >= 0 && top_k >= 0 && scores && (chosen || tokens * top_k == 0), "no scores or no choice");
+        foregate::observe(*history, scores, chosen, tokens, top_k);
+    });
+}
+
+int fg_predict(const fg_gate* gate, const float* x, int64_t tokens, float* answers) {
+    return guarded([&] {
+        require(gate, "no gate");
+        check(*gate);
+        require(tokens > 0 && x && answers, "no token or nowhere to answer");
+        foregate::predict(*gate, x, tokens, answers);
     });
 }

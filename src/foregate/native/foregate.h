@@ -1,4 +1,5 @@
-/* The C interface of the native kernels: products of quantized or plain matrices with tokens, and whole experts.
+/* The C interface of the native kernels: products of quantized or plain matrices with tokens, whole experts, and
+ * lookahead gates.
  *
  * All arrays are row-major and dense; activations and results are float32. A token's result is the same bit for bit
  * whatever other tokens are in the call, however many threads work, and however rows are split over them.
@@ -59,8 +60,37 @@ typedef struct fg_expert {
     const float* weights;        /* [tokens] factors on the results; NULL: none */
 } fg_expert;
 
+/* What the router of a MoE layer gave the newest token, and how the sequence has used the layer's experts. */
+typedef struct fg_history {
+    int64_t experts, half_lives;
+    const float* decays; /* [half_lives] what is left of a use a token later */
+    float* scores;       /* [experts] */
+    float* uses;         /* [half_lives, experts] decayed sums of uses */
+    float* ages;         /* [experts] tokens since the last use */
+} fg_history;
+
+/* The lookahead gate of one source (foregate/lookahead/gate.py), and the reuse head of the source's own layer.
+ * Quantized matrices read int8 activations. The MLP reads the source, zeros up to a multiple of 64, and the targets'
+ * scores. `outputs` are the targets' experts in all. */
+typedef struct fg_gate {
+    int32_t normalize;      /* whether a token is divided by its root mean square first */
+    fg_matrix base;         /* [outputs + the reuse head's width, source]: the targets' rows, then the head's */
+    fg_matrix down, up;     /* the MLP: [width, source + zeros + outputs], [outputs, width]; data NULL: none */
+    const float* base_bias; /* [base.rows] */
+    const float* down_bias; /* [width] */
+    int64_t targets;
+    const fg_history* const* aims; /* [targets] of the layers predicted */
+    const int64_t* top_k;          /* [targets] */
+    const float *scales, *shifts;  /* [targets] of the probabilities */
+    const fg_history* own;         /* of the source's layer; NULL: no reuse head, and nothing of what follows */
+    int64_t windows;
+    const float* reuse_up;     /* [windows, own.experts, width of the head] */
+    const float* reuse_bias;   /* [windows, own.experts] */
+    const float* reuse_shared; /* [windows, half_lives + 2] weights of log(1 + uses), log(1 + age), score - mean score */
+} fg_gate;
+
 /* Changes with every change of this interface: a caller built against another one must not call on. */
-#define FG_INTERFACE 3
+#define FG_INTERFACE 4
 FG_API int fg_interface(void);
 
 FG_API const char* fg_version(void);
@@ -80,6 +110,14 @@ FG_API int fg_matmul(const float* x, int64_t tokens, const fg_matrix* matrix, in
  * x: [tokens, up.cols]; y: [places, down.rows]. Experts of a call have matrices of one shape. */
 FG_API int fg_moe(const float* x, int64_t tokens, const fg_expert* experts, int64_t count,
                   const fg_activation* activation, int exact, float* y, int64_t places);
+
+/* Note what a router did: the newest token's scores [experts], and the experts that each token chose, oldest first:
+ * chosen [tokens, top_k], where an index outside the experts is none. */
+FG_API int fg_observe(fg_history* history, const float* scores, const int64_t* chosen, int64_t tokens, int64_t top_k);
+
+/* answers [outputs]: the probabilities that any of the tokens x [tokens, base.cols] makes the target choose the expert;
+ * with a reuse head, after them [windows, own.experts]: that the next tokens of each window use it, after the last one. */
+FG_API int fg_predict(const fg_gate* gate, const float* x, int64_t tokens, float* answers);
 
 #ifdef __cplusplus
 }

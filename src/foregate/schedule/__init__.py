@@ -3,7 +3,20 @@
 from collections.abc import Sequence
 
 from foregate.errors import ForegateError
-from foregate.schedule.base import Action, Call, Cancel, Compute, ExpertKey, Hurry, Load, Prediction, Scheduler, Shape
+from foregate.schedule.base import (
+    GATES,
+    NEXT_ROUTER,
+    Action,
+    Call,
+    Cancel,
+    Compute,
+    ExpertKey,
+    Hurry,
+    Load,
+    Prediction,
+    Scheduler,
+    Shape,
+)
 from foregate.schedule.clairvoyant import (
     ClairvoyantHorizonScheduler,
     ClairvoyantScheduler,
@@ -28,6 +41,26 @@ POLICIES: dict[str, type[Scheduler]] = {
     "mixtral-offloading-code": MixtralOffloadingCodeScheduler,
     "lookahead": LookaheadScheduler,
 }
+AUTO = "auto"  # lookahead where a store has gates, otherwise lru
+_TAKEN = frozenset({AUTO, *POLICIES, *BOUNDS})
+
+
+def register(name: str, policy: type[Scheduler]) -> None:
+    """Add a policy of your own under `name`: `foregate.load`, the simulator and the benches then take it like the rest.
+
+    The class is called with (slots, shape). Registered again, a name stands for the newer class. Raises ForegateError
+    for the name of a policy that comes with Foregate, TypeError for what is no scheduler's class.
+    """
+    if not (isinstance(policy, type) and issubclass(policy, Scheduler)):
+        raise TypeError(f"{policy!r} is not a subclass of foregate.schedule.Scheduler")
+    if name in _TAKEN:
+        raise ForegateError(f"there is a policy {name} already: register yours under another name")
+    POLICIES[name] = policy
+
+
+def told_by(policy: str) -> str | None:
+    """What predicts for the policy called `policy`: GATES, NEXT_ROUTER or nothing. Raises ForegateError for no policy."""
+    return (BOUNDS[policy] if policy in BOUNDS else _find(policy)).told_by
 
 
 def make_scheduler(policy: str, slots: int, shape: Shape, future: Sequence[Route] | None = None) -> Scheduler:
@@ -41,13 +74,20 @@ def make_scheduler(policy: str, slots: int, shape: Shape, future: Sequence[Route
                 f"policy {policy} must know the future: it runs in foregate simulate and foregate bench"
             )
         return BOUNDS[policy](slots, shape, future)
+    return _find(policy)(slots, shape)
+
+
+def _find(policy: str) -> type[Scheduler]:
     if policy not in POLICIES:
         raise ForegateError(f"unknown policy {policy}: choose one of {', '.join(sorted(POLICIES))}")
-    return POLICIES[policy](slots, shape)
+    return POLICIES[policy]
 
 
 __all__ = [
+    "AUTO",
     "BOUNDS",
+    "GATES",
+    "NEXT_ROUTER",
     "POLICIES",
     "Action",
     "Call",
@@ -63,4 +103,6 @@ __all__ = [
     "Scheduler",
     "Shape",
     "make_scheduler",
+    "register",
+    "told_by",
 ]

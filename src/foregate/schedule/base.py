@@ -20,12 +20,13 @@ from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 if TYPE_CHECKING:
     from foregate.schedule.placement import Placement
 
 ExpertKey = tuple[int, int]  # (MoE layer, expert)
+GATES, NEXT_ROUTER = "gates", "next router"  # what can predict for a policy
 
 LATER = 32  # experts computed on the host that are remembered, to be loaded when the link is idle
 
@@ -91,6 +92,7 @@ class Prediction:
     reuse: Any = None  # [windows, experts]: used within the next 1, 4, 16 tokens, in `layer` itself
     token: bool = False  # whether the embedding of the sampled token was read instead, before the first layer
     seconds: float = 0.0  # that predicting took
+    guess: Any = None  # [experts] of the next layer, by its own router: for schedulers that doubt the gates
 
 
 @dataclass(frozen=True)
@@ -122,6 +124,7 @@ class Scheduler(ABC):
     """
 
     one_pool = True  # every slot serves every layer
+    told_by: ClassVar[str | None] = None  # what predicts for it: GATES, NEXT_ROUTER or nothing
 
     def __init__(self, slots: int, shape: Shape) -> None:
         if slots < 1:
@@ -227,6 +230,10 @@ class Scheduler(ABC):
 
     def wants_predictions(self) -> bool:
         """Whether `predicted` would be listened to now."""
+        return False
+
+    def wants_guess(self) -> bool:
+        """Whether a prediction after the call just routed should bring a `guess` along."""
         return False
 
     def facts(self) -> dict[str, Any]:

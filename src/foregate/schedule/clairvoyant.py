@@ -98,10 +98,10 @@ class ClairvoyantHorizonScheduler(LookaheadScheduler):
 
     def predicted(self, prediction: Prediction, now: float = 0.0) -> list[Action]:
         ahead = tuple((target, self._truth(target, probabilities)) for target, probabilities in prediction.ahead)
-        return super().predicted(replace(prediction, ahead=ahead), now)
+        return super().predicted(replace(prediction, ahead=ahead, guess=None), now)
 
     def _truth(self, target: int, probabilities: np.ndarray) -> np.ndarray:
-        call = self._call + int(self._distance[self._layer, target, 0])
+        call = self._call + self.distance(target)
         if call >= len(self._future):
             return probabilities
         truth = np.zeros(len(probabilities))

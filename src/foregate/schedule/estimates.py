@@ -7,17 +7,19 @@ import numpy as np
 
 from foregate.schedule.base import Shape
 
-WINDOWS = (1, 4, 16)  # tokens ahead, of the reuse heads
-TRAPEZOIDS = np.array([2.5, 7.5, 6.0])  # weights of what is left after each window in a sum over 16 tokens
+LATER = np.array(
+    [2.0, 8.5, 48.0]
+)  # tokens after the next: when a use comes that falls after each of the heads' windows
 HALF_LIFE = 32.0  # tokens, of the decayed frequency
-LONGEST = 4096.0  # tokens: every expert is expected to return within
+LONGEST = 4096.0  # tokens that a record is expected to stay at most
+RESCALE = 1e100  # of the numbers that frequencies are kept in
 LEAST = 0.001  # that a use does not come is never less probable
-BINS = 8  # of probability
-PRIOR = 32.0  # predictions: how much a probability as given is worth against what was observed
-JUDGED = 4  # one layer in so many tells who is the better judge of reuse
+PRIOR = 4.0  # squared probability: how much predictions as given are worth against what was observed
+JUDGED = 5  # one call in so many is compared with what was said of it; coprime to most numbers of layers
 FREQUENCY, REUSE_HEADS = "decayed frequency", "reuse heads"
 FADE = 0.998  # of what was observed, a layer call
-LOSS = 0.5  # of a load: what a wrong prefetch costs by what it evicted
+LOSS = 0.3  # of a load: what a wrong prefetch costs by what it evicted
+GIVE_UP = 0.5  # of the probability that starts a prefetch: with less it is given up
 UNKNOWN = 0.5  # least probability of a prefetch before any load was timed
 BLOCK, REST, LONGEST_REST = 8, 16, 256  # tokens between decisions to listen, and of silence after one not to
 CLEARLY, TRIAL = 5.0, 256  # times the gates' time that needs no trial, and tokens that one holds for
@@ -77,85 +79,127 @@ class Pace:
         return lost / (min(distance * self.layer_seconds, load) + lost)
 
 
-class Calibration:
-    """Turns probabilities as given into what was observed, by horizon: useless predictions become the base rate.
+class Discount:
+    """What a use counts the later it comes: exp(-calls / residence).
 
-    A *cell* is a horizon and a range of probability.
+    `residence` is how long a record stays in its slot: slots over loads a call (Little's law). A use that is farther away
+    than that would find its record gone anyway.
     """
 
-    def __init__(self, horizons: int) -> None:
-        self._counts = np.zeros((2, horizons * BINS))
-        self._given, self._came = self._counts  # predictions by cell, and those that came true
+    def __init__(self, slots: int, shape: Shape) -> None:
+        self._slots, self._layers, self._width = slots, shape.layers, max(shape.experts)
+        self._loads, self._loads_of_call = Average(FADE), 0
+        self._calls = np.arange(2 * self._layers) % self._layers + 1.0
+        self.renew()
 
-    @staticmethod
-    def first_cells(horizons: np.ndarray) -> np.ndarray:
-        """The first cell of each horizon."""
-        return horizons * BINS
+    def load(self) -> None:
+        self._loads_of_call += 1
 
-    def correct(self, given: np.ndarray, first_cells: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(probabilities as they have turned out so far, their cells), each of the shape of `given`."""
-        cells = (given * (BINS - 1e-4)).astype(np.intp)
-        cells += first_cells
-        return (self._came[cells] + PRIOR * given) / (self._given[cells] + PRIOR), cells
+    def call(self) -> None:
+        self._loads.add(self._loads_of_call)
+        self._loads_of_call = 0
 
-    def learn(self, cells: Sequence[np.ndarray], chosen: np.ndarray) -> None:
-        """cells: [experts] of each prediction for one call; chosen: int, the experts it came true for."""
-        self._counts *= FADE
-        self._given += np.bincount(np.concatenate(cells), minlength=len(self._given))
-        self._came += np.bincount(np.concatenate([part[chosen] for part in cells]), minlength=len(self._came))
+    def renew(self) -> None:
+        """Bring the factors up to date; once a token is enough."""
+        residence = self._slots / max(self._loads.value, self._slots / (LONGEST * self._layers))
+        self._by_calls = np.repeat(np.exp(-self._calls / residence)[:, None], self._width, axis=1)
+        self.token = float(np.exp(-self._layers / residence))  # of a use one token later
+        later = self.token**LATER
+        self.after_windows = np.append(1.0, later[:-1]) - later  # for the reuse heads, see `ReuseEstimate`
+
+    def after(self, layer: int) -> np.ndarray:
+        """Factors [layers, experts] of each layer's next call, seen from the call of `layer`."""
+        first = self._layers - 1 - layer
+        return self._by_calls[first : first + self._layers]
+
+
+class Calibration:
+    """How far to go from what would be expected anyway to what a prediction says, by kind of prediction.
+
+    A share between none, for useless predictions, and more than all, for timid ones: least squares over what was judged. A
+    *kind* is a number: a horizon, or a source.
+    """
+
+    def __init__(self, kinds: int) -> None:
+        self.share = np.ones(kinds)
+        self.explained = [0.0] * kinds  # share of the squared error of what was expected anyway
+        self._sums = [(PRIOR, PRIOR, PRIOR)] * kinds  # moved squared, moved times error, error squared
+
+    def learn(self, kind: int, given: np.ndarray, expected: np.ndarray, chosen: Sequence[int]) -> None:
+        """given, expected: probabilities [experts] by a prediction and without it, of a call that used `chosen`."""
+        moved, error = given - expected, -expected
+        error[chosen] += 1.0
+        fade, now = FADE**JUDGED, (moved @ moved, moved @ error, error @ error)
+        self._sums[kind] = sums = tuple(fade * old + float(new) for old, new in zip(self._sums[kind], now, strict=True))
+        squares, shared, errors = sums
+        self.share[kind] = share = max(shared / squares, 0.0)
+        self.explained[kind] = share * shared / errors
 
 
 class ReuseEstimate:
-    """For every expert, gates of earlier layers aside: `passes`, the expected number of calls of its layer that pass it by
-    before one uses it, and `rest`, the probability that the next one does not; float [layers, experts] both.
+    """When experts come back, gates of earlier layers aside; float [layers, experts] both.
 
-    By decayed frequency, or by the reuse heads where they speak and have been the better judges of late.
+    `skip`: the probability that the layer's next call does not use the expert. `lost`: what it is not worth then, 1 less
+    the discounted use that comes later. Of two uses that may come the first counts: worth = 1 - skip * lost, times the
+    discount of the layer's next call. By decayed frequency, or by the reuse heads where they speak and have been the better
+    judges of late.
     """
 
-    def __init__(self, shape: Shape) -> None:
-        self._rate = [np.full(n, k / n) for n, k in zip(shape.experts, shape.top_k, strict=True)]
-        self._decay = 0.5 ** (1 / HALF_LIFE)
+    def __init__(self, shape: Shape, discount: Discount) -> None:
+        self._discount = discount
+        self._rate = [[k / n] * n for n, k in zip(shape.experts, shape.top_k, strict=True)]  # times _unit
+        self._unit, self._growth = 1.0, 2.0 ** (1 / HALF_LIFE)
+        self._gain = 1 - 1 / self._growth
         self._heads: dict[int, np.ndarray] = {}  # layer -> what its reuse head said of the next call
-        self._head_error, self._rate_error = Average(FADE), Average(FADE)
+        self._head_error, self._rate_error = Average(FADE**JUDGED), Average(FADE**JUDGED)
         self.source = REUSE_HEADS  # whose estimates are used while heads speak
-        self.passes = np.full((shape.layers, max(shape.experts)), LONGEST)
-        self.rest = np.ones(self.passes.shape)
-        for layer, rate in enumerate(self._rate):
-            self.rest[layer, : len(rate)] = np.maximum(1 - rate, LEAST)
-            self.passes[layer, : len(rate)] = 1 / rate - 1
+        self.skip = np.ones((shape.layers, max(shape.experts)))
+        self.lost = np.ones(self.skip.shape)
+        for layer in range(shape.layers):
+            self._by_frequency(layer)
 
-    def routed(self, layer: int, experts: np.ndarray, tokens: int) -> None:
-        """experts: int, those that the layer's call used."""
-        rate, head = self._rate[layer], self._heads.pop(layer, None)
-        if head is not None and tokens == 1 and layer % JUDGED == 0:
+    def routed(self, layer: int, experts: Sequence[int], judge: bool) -> None:
+        """The layer's call used these experts. judge: compare it with what was expected of it."""
+        if layer == 0:
+            self._next_token()
+        head = self._heads.pop(layer, None)
+        if judge and head is not None:
             self._head_error.add(_squared_error(head, experts))
-            self._rate_error.add(_squared_error(rate, experts))
+            self._rate_error.add(_squared_error(np.array(self._rate[layer]) / self._unit, experts))
             self.source = REUSE_HEADS if self._head_error.value <= self._rate_error.value else FREQUENCY
-        rate *= self._decay
-        rate[experts] += 1 - self._decay
+        rate, gain = self._rate[layer], self._unit * self._gain
+        for expert in experts:
+            rate[expert] += gain
         if head is None or self.source is FREQUENCY:  # otherwise the head will speak in a moment
-            self.rest[layer, : len(rate)] = np.maximum(1 - rate, LEAST)
-            self.passes[layer, : len(rate)] = 1 / np.maximum(rate, 1 / LONGEST) - 1
+            self._by_frequency(layer)
 
     def predicted(self, layer: int, reuse: np.ndarray) -> None:
-        """reuse: float [windows, experts], the probabilities of a use within WINDOWS tokens."""
-        rest, passes = tokens_passing(reuse)
+        """reuse: float [windows, experts], the probabilities of a use within the next 1, 4 and 16 tokens."""
         self._heads[layer] = reuse[0]
         if self.source is REUSE_HEADS:
-            self.rest[layer, : len(rest)], self.passes[layer, : len(rest)] = rest, passes
+            skip, lost = expected_loss(reuse, self._discount.after_windows)
+            self.skip[layer, : len(skip)], self.lost[layer, : len(skip)] = skip, lost
+
+    def _by_frequency(self, layer: int) -> None:
+        """With the same probability in every call the discounted uses are a geometric series."""
+        skip = np.maximum(1.0 - np.array(self._rate[layer]) / self._unit, LEAST)
+        later = self._discount.token
+        self.skip[layer, : len(skip)], self.lost[layer, : len(skip)] = skip, (1.0 - later) / (1.0 - later * skip)
+
+    def _next_token(self) -> None:
+        self._unit *= self._growth
+        if self._unit > RESCALE:
+            self._rate = [[rate / self._unit for rate in rates] for rates in self._rate]
+            self._unit = 1.0
 
 
-def tokens_passing(reuse: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(probability that the next token does not use it, expected tokens that pass before one does), float [experts] each.
+def expected_loss(reuse: np.ndarray, after_windows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(`skip`, `lost`) of `ReuseEstimate`, float [experts] each.
 
-    reuse: [windows, experts]. The sum over t >= 1 of the chance that no token up to t has come: linear between the
-    windows, then falling as it did in the last.
+    reuse: [windows, experts]; after_windows: what is lost of a use's worth when it comes after each window and not in it.
     """
     left = np.maximum(1.0 - reuse, LEAST)
-    np.minimum(left[1], left[0], out=left[1])
-    np.minimum(left[2], left[1], out=left[2])
-    fall = np.minimum((left[2] / left[1]) ** (1 / (WINDOWS[2] - WINDOWS[1])), 1 - 1 / LONGEST)
-    return left[0], TRAPEZOIDS @ left + left[2] / (1 - fall)
+    return left[0], np.minimum(after_windows @ left / left[0], 1.0)
 
 
 class Worth:
@@ -219,6 +263,6 @@ class Worth:
         self._rest = min(2 * self._rest, LONGEST_REST)
 
 
-def _squared_error(probabilities: np.ndarray, experts: np.ndarray) -> float:
+def _squared_error(probabilities: np.ndarray, experts: Sequence[int]) -> float:
     """Mean of (probability - whether the expert was used)², the part that all predictors share left out."""
     return float(probabilities @ probabilities - 2 * probabilities[experts].sum()) / len(probabilities)

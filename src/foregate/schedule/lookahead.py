@@ -1,10 +1,10 @@
-"""`lookahead`: one estimate for eviction and prefetch, the time until an expert is used next, fed by the gates.
+"""`lookahead`: one estimate for eviction and prefetch, what a record in a slot is worth, fed by the gates.
 
-For every expert it is d, the layer calls until its layer runs again, plus L times the expected number of tokens that
-pass it by. The latter comes from the reuse heads or from decayed frequency, whichever has been right more often, and is
-corrected by what the gates say of the layer's next call. The record whose next use is farthest leaves first; the absent
-one whose next use is nearest is fetched when the link has room, if that is expected to save time and nothing that is
-needed sooner has to go for it. docs/scheduling.md derives the rules and justifies the constants.
+A record is worth the chance that it is used, a use counting the less the later it comes. The probability of a use in its
+layer's next call comes from the gates where they have spoken, the rest from the reuse heads or from decayed frequency,
+whichever has been right more often. The record that is worth least leaves first; of the absent ones that gates expect the
+one that is worth most is fetched when the link has room, if that is expected to save time and nothing that is worth more
+has to go for it. docs/scheduling.md derives the rules and justifies the constants.
 """
 
 from collections.abc import Collection, Iterable
@@ -12,45 +12,52 @@ from typing import Any
 
 import numpy as np
 
-from foregate.schedule.base import Action, ExpertKey, Prediction, Scheduler, Shape
-from foregate.schedule.estimates import Calibration, Pace, ReuseEstimate, Worth
+from foregate.schedule.base import GATES, Action, ExpertKey, Prediction, Scheduler, Shape
+from foregate.schedule.estimates import GIVE_UP, JUDGED, Calibration, Discount, Pace, ReuseEstimate, Worth
 
 
 class LookaheadScheduler(Scheduler):
     """See the module's description. Without predictions it evicts by decayed frequency and fetches nothing ahead."""
 
+    told_by = GATES
+
     def __init__(self, slots: int, shape: Shape) -> None:
         super().__init__(slots, shape)
-        layers, size = range(shape.layers), (shape.layers, max(shape.experts))
-        self._distance = np.array([[[(layer - at - 1) % shape.layers + 1.0] for layer in layers] for at in layers])
-        self._evictable = np.zeros(size, bool)
-        self._ahead: dict[int, list[np.ndarray]] = {}  # layer gates have spoken of -> cells of their probabilities
-        self._candidates: list[ExpertKey] = []  # worth a prefetch, the next one last
-        self._reuse = ReuseEstimate(shape)
-        self._passes = self._reuse.passes.copy()  # the same with what gates say of the next call
-        self._time = np.zeros(size)  # expected layer calls until the next use
-        self._leaving = np.zeros(size)  # the same for what may be evicted, below 0 for what may not
+        layers, size = shape.layers, (shape.layers, max(shape.experts))
+        self._discount = Discount(slots, shape)
+        self._reuse = ReuseEstimate(shape, self._discount)
+        self._skip = self._reuse.skip.copy()  # the same with what gates say of the next call
+        self._away = np.full(size, np.inf)  # 0 where a record is resident
+        self._worth_of = np.zeros(size)
+        self._leaving = np.zeros(size)  # the same for what may be evicted, infinity for what may not
         self._stale = True  # whether the latter two are out of date
-        self._aims: dict[tuple[int, bool], _Aims] = {}  # by the source of a prediction
-        self._calibration = Calibration(2 * shape.layers)  # the token source has horizons of its own
-        self._pace, self._worth = Pace(), Worth()
-        self._layer = shape.layers - 1  # that was routed last
         self._latest: tuple[_Aims, np.ndarray] | None = None  # the last prediction
+        self._candidates: list[ExpertKey] | None = []  # worth a prefetch, the next one last; None: to be found
+        self._aims: dict[tuple[int, bool, bool], _Aims] = {}  # by the source of a prediction
+        self._calibration = Calibration(_guess_kind(shape) + 1)
+        self._said: list[tuple[int, np.ndarray, np.ndarray]] = []  # what the calibration learns at the next judged call
+        self._pace, self._worth = Pace(), Worth()
+        self._least = [0.0] * (layers + 1)  # probability of a prefetch, by distance
+        self._layer, self._calls = layers - 1, -1  # that was routed last; its number
 
     # -- events ---------------------------------------------------------------------------------------------------
 
     def routed(self, layer: int, experts: Iterable[int], now: float = 0.0, tokens: int = 1) -> list[Action]:
         experts = list(experts)
         self._layer, self._stale = layer, True
+        self._calls += 1
         self._pace.layer_call(now)
+        self._discount.call()
         if layer == 0:
-            self._worth.next_token()
-        chosen = np.array(experts, np.intp)
-        self._learn(layer, chosen, tokens)
-        self._evictable[layer][chosen] = False
-        self._passes[layer] = self._reuse.passes[layer]
-        self._candidates = [key for key in self._candidates if key[0] != layer]
-        actions = self._give_up_stale(layer, experts) if self._loading else []
+            self._next_token()
+        judged = self._calls % JUDGED == 0
+        self._reuse.routed(layer, experts, judged and tokens == 1)
+        if judged:
+            self._learn(experts, tokens)
+        self._skip[layer] = self._reuse.skip[layer]
+        if self._candidates:
+            self._candidates = [key for key in self._candidates if key[0] != layer]
+        actions = self._give_up_wrong(layer, experts) if self._loading else []
         in_time, late = self.prefetches.in_time, self.prefetches.late
         actions += super().routed(layer, experts, now, tokens)
         saved = (self.prefetches.in_time - in_time) + (self.prefetches.late - late) / 2
@@ -61,23 +68,25 @@ class LookaheadScheduler(Scheduler):
         self._worth.spent(prediction.seconds)
         if prediction.reuse is not None:
             self._reuse.predicted(prediction.layer, prediction.reuse)
-            self._passes[prediction.layer] = self._reuse.passes[prediction.layer]
-        if prediction.ahead:
-            aims = self._aims_of(prediction)
-            likely = self._listen(prediction, aims)
-            self._stale = True
-            self._candidates = self._worth_fetching(aims, likely)
-            self._latest = aims, likely
-        return self._go_on(now)
+            self._skip[prediction.layer] = self._reuse.skip[prediction.layer]
+        if not prediction.ahead:
+            return self._go_on(now)
+        self._listen(prediction)
+        self._stale, self._candidates = True, None
+        return (self._give_up_unlikely() if self._loading else []) + self._go_on(now)
 
     def arrived(self, key: ExpertKey, seconds: float = 0.0, now: float = 0.0) -> list[Action]:
         self._pace.load(seconds)
-        self._may_leave(key, key not in self._needed)
+        self._discount.load()
+        self._away[key] = 0.0
+        if key not in self._needed:
+            self._leaving[key] = self._worth_of[key]
         return super().arrived(key, seconds, now)
 
     def computed(self, keys: Collection[ExpertKey], now: float = 0.0) -> list[Action]:
-        for key in keys:
-            self._may_leave(key, True)
+        if not self._stale:
+            for key in keys:
+                self._leaving[key] = self._worth_of[key]
         return super().computed(keys, now)
 
     def waited(self, seconds: float) -> None:
@@ -86,6 +95,9 @@ class LookaheadScheduler(Scheduler):
 
     def wants_predictions(self) -> bool:
         return self._worth.listening
+
+    def wants_guess(self) -> bool:
+        return (self._calls + 1) % JUDGED == 0 or self._guess_is_better()
 
     def expected(self) -> tuple[ExpertKey, ...]:
         if self._latest is None:
@@ -104,11 +116,14 @@ class LookaheadScheduler(Scheduler):
     # -- decisions ------------------------------------------------------------------------------------------------
 
     def victim(self) -> ExpertKey | None:
-        self._refresh()
-        key = divmod(int(self._leaving.argmax()), self._leaving.shape[1])
-        return key if self._evictable[key] else None
+        if self._stale:
+            self._refresh()
+        key = divmod(int(self._leaving.argmin()), self._leaving.shape[1])
+        return key if self._leaving[key] < np.inf else None
 
     def next_prefetch(self, now: float) -> ExpertKey | None:
+        if self._candidates is None:
+            self._candidates = self._worth_fetching()
         while self._candidates and self._candidates[-1] in self._slot_of:
             self._candidates.pop()
         return self._candidates[-1] if self._candidates else self.load_for_later()
@@ -116,88 +131,137 @@ class LookaheadScheduler(Scheduler):
     def prefetch_slot(self, key: ExpertKey) -> int | None:
         if not self._free:
             victim = self.victim()
-            if victim is None or self._time[victim] <= self._time[key]:
+            if victim is None or self._worth_of[victim] >= self._worth_of[key]:
                 return None
             self._evict(victim)
         return self._free.pop()
 
     def evicted(self, key: ExpertKey) -> None:
-        self._may_leave(key, False)
+        self._away[key] = self._leaving[key] = np.inf
 
     def worth_loading(self, keys: list[ExpertKey]) -> list[ExpertKey]:
-        self._refresh()
-        return sorted(keys, key=lambda key: self._time[key])
-
-    def _worth_fetching(self, aims: "_Aims", likely: np.ndarray) -> list[ExpertKey]:
-        """What a gate expects, is absent and worth a load; the one whose next use is nearest comes last."""
-        distances = self._distance[self._layer]
-        least = np.array([self._pace.least_probability(distances[target, 0]) for target in aims.targets])
-        probable = (likely >= least[aims.rows]).nonzero()[0].tolist()
-        found = [aims.keys[place] for place in probable if aims.keys[place] not in self._slot_of]
-        if len(found) > 1:
+        if self._stale:
             self._refresh()
-            found.sort(key=lambda key: -self._time[key])
+        self._stale = True  # the layer's experts are only about to be needed
+        return sorted(keys, key=self._worth_of.__getitem__, reverse=True)
+
+    def _worth_fetching(self) -> list[ExpertKey]:
+        """What gates expect, is absent and worth a load; what is worth most comes last."""
+        aims, likely = self._latest
+        probable = (likely >= aims.least).nonzero()[0].tolist()
+        found = [key for key in map(aims.keys.__getitem__, probable) if key not in self._slot_of]
+        if len(found) > 1:
+            if self._stale:
+                self._refresh()
+            found.sort(key=self._worth_of.__getitem__)
         return found
 
-    def _give_up_stale(self, layer: int, chosen: list[int]) -> list[Action]:
+    def _give_up_wrong(self, layer: int, chosen: list[int]) -> list[Action]:
         """Cancel prefetches for this very call that it does not use."""
-        return self.cancel(
-            [
-                key
-                for key, demand in self._loading.items()
-                if key[0] == layer and not demand and key[1] not in chosen and key not in self._dropping
-            ]
-        )
+        return self.cancel([key for key in self._prefetching() if key[0] == layer and key[1] not in chosen])
+
+    def _give_up_unlikely(self) -> list[Action]:
+        """Cancel prefetches that gates have become doubtful of."""
+        stale = []
+        for key in self._prefetching():
+            if 1.0 - self._skip[key] < GIVE_UP * self._least[self.distance(key[0])]:
+                stale.append(key)
+        return self.cancel(stale)
+
+    def distance(self, layer: int) -> int:
+        """Calls until the next one of `layer`, 1 to their number."""
+        return (layer - self._layer - 1) % self.shape.layers + 1
+
+    def _prefetching(self) -> list[ExpertKey]:
+        return [key for key, demand in self._loading.items() if not demand and key not in self._dropping]
 
     # -- estimates ------------------------------------------------------------------------------------------------
 
-    def _learn(self, layer: int, experts: np.ndarray, tokens: int) -> None:
-        """Compare what was expected of this call with what came. A call for several tokens says nothing about it."""
-        cells = self._ahead.pop(layer, None)
-        if cells and tokens == 1:
-            self._calibration.learn(cells, experts)
-        self._reuse.routed(layer, experts, tokens)
+    def _next_token(self) -> None:
+        self._worth.next_token()
+        self._discount.renew()
+        self._least = [self._pace.least_probability(distance) for distance in range(self.shape.layers + 1)]
+        for aims in self._aims.values():
+            aims.demand_at_least(self._least)
 
-    def _aims_of(self, prediction: Prediction) -> "_Aims":
-        source = prediction.layer, prediction.token
+    def _learn(self, experts: list[int], tokens: int) -> None:
+        """Compare what was expected of this call with what came. A call for several tokens says nothing about it."""
+        if tokens == 1:
+            for kind, given, expected in self._said:
+                self._calibration.learn(kind, given, expected, experts)
+        self._said.clear()
+
+    def _listen(self, prediction: Prediction) -> None:
+        """Take in a prediction's probabilities, corrected; for the next layer the guess, if it has been the better one."""
+        parts = [given for _, given in prediction.ahead]
+        guess = prediction.guess if self.wants_guess() else None
+        self._note_for_judging(prediction, guess)
+        by_guess = guess is not None and self._guess_is_better()
+        aims = self._aims_of(prediction, by_guess)
+        given = np.concatenate([guess, *parts[1:]] if by_guess else parts)
+        likely = 1.0 - self._reuse.skip.ravel()[aims.places]
+        likely += (given - likely) * self._calibration.share[aims.kinds]
+        np.minimum(np.maximum(likely, 0.0, out=likely), 1.0, out=likely)
+        self._skip.ravel()[aims.places] = 1.0 - likely
+        self._latest = aims, likely
+
+    def _note_for_judging(self, prediction: Prediction, guess: np.ndarray | None) -> None:
+        """Keep what is said of the next call that is judged."""
+        place = JUDGED - 1 - self._calls % JUDGED  # among the coming calls
+        if place < len(prediction.ahead):
+            target, given = prediction.ahead[place]
+            expected = 1.0 - self._reuse.skip[target, : len(given)]
+            self._said.append((_kind(prediction, place, self.shape), given, expected))
+            if guess is not None and place == 0:
+                self._said.append((_guess_kind(self.shape), guess, expected))
+
+    def _guess_is_better(self) -> bool:
+        return self._calibration.explained[_guess_kind(self.shape)] > self._calibration.explained[0]
+
+    def _aims_of(self, prediction: Prediction, by_guess: bool) -> "_Aims":
+        source = prediction.layer, prediction.token, by_guess
         if source not in self._aims:
-            first = self.shape.layers if prediction.token else 0
-            targets = [target for target, _ in prediction.ahead]
-            self._aims[source] = _Aims(targets, self.shape.experts, first, self._passes.shape[1])
+            aims = self._aims[source] = _Aims(prediction, self.shape, by_guess)
+            aims.demand_at_least(self._least)
         return self._aims[source]
 
-    def _listen(self, prediction: Prediction, aims: "_Aims") -> np.ndarray:
-        """What a prediction is worth: its probabilities, corrected, side by side."""
-        likely, cells = self._calibration.correct(
-            np.concatenate([given for _, given in prediction.ahead]), aims.first_cells
-        )
-        for target, part in zip(aims.targets, aims.parts, strict=True):
-            self._ahead.setdefault(target, []).append(cells[part])
-        # not used by the next call, an expert will be passed by as often as it would be else
-        passes = self._reuse.passes.ravel()[aims.places] * (1 - likely)
-        self._passes.ravel()[aims.places] = passes / self._reuse.rest.ravel()[aims.places]
-        return likely
-
-    def _may_leave(self, key: ExpertKey, whether: bool) -> None:
-        self._evictable[key] = whether
-        self._leaving[key] = self._time[key] if whether else -1.0
-
     def _refresh(self) -> None:
-        if self._stale:
-            self._time = self._distance[self._layer] + self.shape.layers * self._passes
-            self._leaving = np.where(self._evictable, self._time, -1.0)
-            self._stale = False
+        worth = self._worth_of
+        np.multiply(self._skip, self._reuse.lost, out=worth)
+        np.subtract(1.0, worth, out=worth)
+        worth *= self._discount.after(self._layer)
+        np.add(worth, self._away, out=self._leaving)
+        for key in self._needed:
+            self._leaving[key] = np.inf
+        self._stale = False
+
+
+def _kind(prediction: Prediction, place: int, shape: Shape) -> int:
+    """What a prediction's target is to the calibration: a horizon, within the token, over its end, or from its embedding."""
+    first = 2 if prediction.token else int(prediction.ahead[place][0] <= prediction.layer)
+    return first * shape.layers + place
+
+
+def _guess_kind(shape: Shape) -> int:
+    """The kind that follows all others."""
+    return 3 * shape.layers
 
 
 class _Aims:
     """Where the values of a prediction belong that lie side by side, target after target."""
 
-    def __init__(self, targets: list[int], experts: tuple[int, ...], first: int, width: int) -> None:
-        self.targets = targets
-        sizes = [experts[target] for target in targets]
-        self.rows = np.repeat(np.arange(len(targets)), sizes)  # which target a value is about
+    def __init__(self, prediction: Prediction, shape: Shape, by_guess: bool) -> None:
+        layers, width = shape.layers, max(shape.experts)
+        targets = [target for target, _ in prediction.ahead]
+        sizes = [shape.experts[target] for target in targets]
+        kinds = [_kind(prediction, place, shape) for place in range(len(targets))]
+        if by_guess:
+            kinds[0] = _guess_kind(shape)
+        self.kinds = np.repeat(kinds, sizes)
+        self.distances = np.repeat([(target - prediction.layer - 1) % layers + 1 for target in targets], sizes)
         self.keys = [(target, expert) for target, size in zip(targets, sizes, strict=True) for expert in range(size)]
         self.places = np.array([target * width + expert for target, expert in self.keys])  # in [layers, experts]
-        self.first_cells = Calibration.first_cells(first + self.rows)
-        ends = np.cumsum(sizes).tolist()
-        self.parts = [slice(end - size, end) for size, end in zip(sizes, ends, strict=True)]
+
+    def demand_at_least(self, least: list[float]) -> None:
+        """Set the least probability of a prefetch for each value. least: by distance."""
+        self.least = np.array(least)[self.distances]

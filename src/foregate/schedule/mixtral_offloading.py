@@ -8,7 +8,7 @@ smaller than what one token needs of it, misses wait for each other; the paper's
 from collections import OrderedDict
 from collections.abc import Collection
 
-from foregate.schedule.base import Action, ExpertKey, Load, Prediction, Scheduler, Shape
+from foregate.schedule.base import NEXT_ROUTER, Action, ExpertKey, Load, Prediction, Scheduler, Shape
 
 GUESSES = 2  # "one or two" a layer
 STAGING = 4
@@ -73,6 +73,7 @@ class MixtralOffloadingScheduler(MixtralOffloadingCodeScheduler):
     """
 
     staging = STAGING
+    told_by = NEXT_ROUTER
 
     def __init__(self, slots: int, shape: Shape) -> None:
         super().__init__(slots - STAGING, shape)

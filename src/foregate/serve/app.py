@@ -19,13 +19,14 @@ from foregate.config import ServeConfig
 from foregate.serve.batcher import Batcher, Overloaded
 from foregate.serve.errors import ApiError, handle_errors
 from foregate.serve.guard import Guard, Rules
-from foregate.serve.prompts import PLAIN_STOPS, Encoder
+from foregate.serve.prompts import Encoder
 from foregate.serve.residency import Residency
 from foregate.serve.sampling import Sampling
 from foregate.serve.schemas import MAX_COMPLETION_TOKENS, ChatRequest, CompletionRequest, GenerationRequest
 from foregate.serve.sequence import Order
 from foregate.serve.shapes import Answer, ChatAnswer, CompletionAnswer
 from foregate.serve.streaming import ClientLeft, EventStream, Replies, unless_client_leaves
+from foregate.serve.template import PLAIN_STOPS
 
 T = TypeVar("T")
 PAGE = Path(__file__).parent / "page"

@@ -19,7 +19,7 @@ from foregate.config import ServeConfig
 from foregate.errors import ForegateError
 from foregate.serve.metrics import Metrics
 from foregate.serve.runner import Runner
-from foregate.serve.sequence import Order, Piece, Sequence
+from foregate.serve.sequence import Order, Piece, Sequence, end_tokens
 
 log = logging.getLogger("foregate.serve")
 
@@ -46,7 +46,7 @@ class Batcher:
         self.places = self.max_running + max_waiting
         self.metrics = metrics or Metrics()
         self._tokenizer = copy.deepcopy(tokenizer)  # of this thread alone
-        self._end_tokens = _end_tokens(model)
+        self._end_tokens = end_tokens(model)
         self._changed = threading.Condition()
         self._taken = 0  # places reserved and not yet given back
         self._waiting: deque[Sequence] = deque()
@@ -196,9 +196,3 @@ def _next_piece(sequence: Sequence, logits: torch.Tensor) -> Piece | None:
     except Exception as error:
         log.exception("choosing a token failed")
         return Piece(generated=sequence.generated, error=f"choosing a token failed: {error}")
-
-
-def _end_tokens(model: PreTrainedModel) -> frozenset[int]:
-    """The tokens that end a text, as `generate` knows them."""
-    end = model.generation_config.eos_token_id
-    return frozenset() if end is None else frozenset([end] if isinstance(end, int) else end)

@@ -38,5 +38,17 @@ def keep(cache: DynamicCache, rows: Sequence[int], length: int) -> None:
             layer.cumulative_length = length
 
 
+def can_cut(cache: DynamicCache) -> bool:
+    """Whether the cache can go back to fewer tokens: a sliding window has forgotten what came before it."""
+    return all(type(layer) is DynamicLayer for layer in cache.layers)
+
+
+def cut(cache: DynamicCache, length: int) -> None:
+    """Keep the first `length` tokens of every row."""
+    for layer in cache.layers:
+        layer.keys = layer.keys[..., :length, :].contiguous()
+        layer.values = layer.values[..., :length, :].contiguous()
+
+
 def _padded(states: torch.Tensor, width: int) -> torch.Tensor:
     return F.pad(states, (0, 0, width - states.shape[-2], 0))

@@ -2,8 +2,7 @@
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
-from dataclasses import asdict
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
@@ -11,6 +10,8 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
 from foregate.config import ServeConfig
+from foregate.report.foresight import SURE, Foresight, by_horizon
+from foregate.report.prefetches import PrefetchCounts
 
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 
@@ -81,14 +82,8 @@ class _Watched(Collector):
             for layer, values in enumerate(counts):
                 family.add_metric([str(layer)], getattr(values, field))
             yield family
-        fates = CounterMetricFamily(
-            "foregate_prefetches",
-            "Experts fetched before a router chose them, by what became of them.",
-            labels=["fate"],
-        )
-        for fate, count in asdict(self._engine.scheduler.prefetches).items():
-            fates.add_metric([fate], count)
-        yield fates
+        yield from _prefetch_families(self._engine.recorder.prefetches)
+        yield from _prediction_families(self._engine.recorder.foresight)
         load = self._load()
         yield GaugeMetricFamily("foregate_replies_running", "Replies being made.", load["running"])
         yield GaugeMetricFamily("foregate_replies_waiting", "Replies in the queue.", load["waiting"])
@@ -98,3 +93,44 @@ class _Watched(Collector):
             f"Tokens generated a second, over the last {ServeConfig.rate_seconds:g} s.",
             self._metrics.tokens_per_second,
         )
+
+
+def _prefetch_families(layers: Sequence[PrefetchCounts]) -> Iterable[CounterMetricFamily]:
+    """Prefetches by layer and fate; those that were started and are in none of them are not used yet."""
+    started = CounterMetricFamily("foregate_prefetches_started", "Experts fetched ahead of a router.", labels=["layer"])
+    ended = CounterMetricFamily(
+        "foregate_prefetches",
+        "Experts fetched ahead whose fate is known: resident when routed, still under way, or not used at all.",
+        labels=["layer", "fate"],
+    )
+    moved = CounterMetricFamily(
+        "foregate_prefetched_bytes", "Bytes read for prefetches whose fate is known.", labels=["layer", "fate"]
+    )
+    for layer, counts in enumerate(layers):
+        name = str(layer)
+        started.add_metric([name], counts.started)
+        for fate, records, nbytes in (
+            ("in_time", counts.in_time, counts.useful_bytes),
+            ("late", counts.late, counts.late_bytes),
+            ("wasted", counts.wasted, counts.wasted_bytes),
+        ):
+            ended.add_metric([name, fate], records)
+            moved.add_metric([name, fate], nbytes)
+    return started, ended, moved
+
+
+def _prediction_families(foresight: Foresight) -> Iterable[CounterMetricFamily]:
+    """Counters to divide: recall@k is found / chosen, precision right / sure."""
+    families = {
+        name: CounterMetricFamily(f"foregate_predicted_experts_{name}", what, labels=["source", "horizon"])
+        for name, what in (
+            ("chosen", "Experts that a router chose for a single token after a prediction of its choice."),
+            ("found", "Those of them that were among the k likeliest, where k were chosen."),
+            ("sure", f"Experts given a probability of at least {SURE:g} by a prediction for a single token."),
+            ("right", "Those of them that were chosen."),
+        )
+    }
+    for (source, horizon), score in by_horizon(foresight.scores()).items():
+        for name, family in families.items():
+            family.add_metric([source, str(horizon)], getattr(score, name))
+    return families.values()

@@ -3,18 +3,11 @@
 import json
 from typing import Any
 
-from jinja2.exceptions import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from foregate.serve.errors import ApiError
 from foregate.serve.schemas import ChatRequest, CompletionRequest, Message
-
-# For models without a template of their own: each turn on a line, "role: content", and the assistant's to follow.
-PLAIN_TEMPLATE = (
-    "{% for message in messages %}{{ message['role'] + ': ' + message['content'] + '\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"
-)
-PLAIN_STOPS = ("\nuser:", "\nsystem:")  # where the model goes on with the next turn by itself
+from foregate.serve.template import PLAIN_TEMPLATE, TemplateRefusal, chat_tokens
 
 
 class Encoder:
@@ -32,19 +25,16 @@ class Encoder:
         """A chat as tokens. Raises ApiError for one that the template refuses, or that is too long."""
         tools = None if body.tool_choice == "none" or not body.tools else [tool.model_dump() for tool in body.tools]
         messages = [_for_template(message) for message in body.messages]
+        template = None if self.has_template else PLAIN_TEMPLATE
         try:
-            text = self.tokenizer.apply_chat_template(
-                messages,
-                tools=tools,
-                chat_template=None if self.has_template else PLAIN_TEMPLATE,
-                add_generation_prompt=True,
-                tokenize=False,
-            )
-        except (TemplateError, TypeError, ValueError) as error:
+            ids = chat_tokens(self.tokenizer, messages, template=template, tools=tools)
+        except TemplateRefusal as refusal:
             raise ApiError(
-                400, f"the model's chat template refuses these messages: {error}", param="messages"
+                400, f"the model's chat template refuses these messages: {refusal}", param="messages"
             ) from None
-        return self._checked(self._tokens(text, "messages", special=not self.has_template), "messages")
+        except UnicodeEncodeError:
+            raise _no_unicode("messages") from None
+        return self._checked(ids, "messages")
 
     def prompts(self, body: CompletionRequest) -> list[list[int]]:
         """Each prompt as tokens. Raises ApiError for one that is empty, too long, or has unknown tokens."""
@@ -56,12 +46,12 @@ class Encoder:
         left = self.context - len(prompt)
         return left if wanted is None else min(wanted, left)
 
-    def _tokens(self, text: str, param: str, *, special: bool = True) -> list[int]:
+    def _tokens(self, text: str, param: str) -> list[int]:
         try:
             text.encode()
         except UnicodeEncodeError:
-            raise ApiError(400, f"{param}: half of a surrogate pair is no unicode text", param=param) from None
-        return self.tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]
+            raise _no_unicode(param) from None
+        return self.tokenizer(text, verbose=False)["input_ids"]
 
     def _checked(self, ids: list[int], param: str) -> list[int]:
         if not ids:
@@ -77,6 +67,10 @@ class Encoder:
         if max(ids) >= self.vocabulary:
             raise ApiError(400, f"{param}: token {max(ids)} is not one of the model's {self.vocabulary}", param=param)
         return ids
+
+
+def _no_unicode(param: str) -> ApiError:
+    return ApiError(400, f"{param}: half of a surrogate pair is no unicode text", param=param)
 
 
 def _for_template(message: Message) -> dict[str, Any]:

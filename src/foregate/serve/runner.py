@@ -45,14 +45,14 @@ class Runner:
         start, end = sequence.cached, min(sequence.cached + self.chunk, len(sequence.tokens))
         sequence.cache = sequence.cache or self._new_cache()
         logits = self.model(
-            input_ids=torch.tensor([sequence.tokens[start:end]]),
-            position_ids=torch.arange(start, end)[None],
+            input_ids=self._on_device([sequence.tokens[start:end]]),
+            position_ids=self._on_device([list(range(start, end))]),
             past_key_values=sequence.cache,
             use_cache=True,
             logits_to_keep=end - start if all_logits else 1,
         ).logits[0]
         sequence.cached = end
-        return logits.float()
+        return logits.float().cpu()
 
     def join(self, sequence: Progress) -> None:
         """Let a sequence whose prompt is done take part in the steps."""
@@ -77,27 +77,30 @@ class Runner:
         lengths = [sequence.cached + 1 for sequence in self.running]
         with rows.rows(lengths):
             logits = self.model(
-                input_ids=torch.tensor([[sequence.tokens[-1]] for sequence in self.running]),
-                attention_mask=_padding_mask(lengths),
-                position_ids=torch.tensor([[length - 1] for length in lengths]),
+                input_ids=self._on_device([[sequence.tokens[-1]] for sequence in self.running]),
+                attention_mask=_padding_mask(lengths, self.model.device),
+                position_ids=self._on_device([[length - 1] for length in lengths]),
                 past_key_values=self._cache,
                 use_cache=True,
             ).logits[:, -1]
         for sequence, length in zip(self.running, lengths, strict=True):
             sequence.cached = length
-        return logits.float()
+        return logits.float().cpu()
 
     def reset(self) -> None:
         """After an error in a pass: forget all sequences."""
         self.running, self._cache = [], None
 
+    def _on_device(self, numbers: list[list[int]]) -> torch.Tensor:
+        return torch.tensor(numbers, device=self.model.device)
+
     def _new_cache(self) -> DynamicCache:
         return DynamicCache(config=self.model.config.get_text_config(decoder=True))
 
 
-def _padding_mask(lengths: list[int]) -> torch.Tensor | None:
+def _padding_mask(lengths: list[int], device: torch.device) -> torch.Tensor | None:
     """1 where a row has a token, 0 where it is padded on the left, int64 [rows, longest]; None without padding."""
     longest = max(lengths)
     if min(lengths) == longest:
         return None
-    return (torch.arange(longest)[None] >= longest - torch.tensor(lengths)[:, None]).long()
+    return (torch.arange(longest)[None] >= longest - torch.tensor(lengths)[:, None]).long().to(device)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from foregate.serve.runner import Progress
 from foregate.serve.sampling import Sampler, Sampling, TokenLogprob, token_logprob
@@ -92,3 +92,9 @@ class Sequence:
         piece = Piece(text, tuple(self._logprobs), self.generated, reason)
         self._logprobs.clear()
         return piece
+
+
+def end_tokens(model: PreTrainedModel) -> frozenset[int]:
+    """The tokens that end a text, as `generate` knows them."""
+    end = model.generation_config.eos_token_id
+    return frozenset() if end is None else frozenset([end] if isinstance(end, int) else end)

@@ -62,7 +62,13 @@ def serve(
     with _listen(address) as listening:
         address = Address(address.host, listening.getsockname()[1])
         tokenizer = load_tokenizer(str(store))
-        model = load(store, **engine)
+        model = load(
+            store,
+            **engine,
+            context=limits["context"],
+            prompt=limits["prompt_chunk"],
+            sequences=limits["max_running"],
+        )
         service = Service.start(model, tokenizer, name or store.resolve().name, **limits)
         for line in _greeting(service, address, key):
             announce(line)

@@ -9,10 +9,7 @@ from foregate.lookahead.gates import LookaheadGates
 from foregate.lookahead.samples import gate_layers
 from foregate.lookahead.tape import Rows, next_router_tape, tape
 from foregate.lookahead.trace import Trace
-from foregate.schedule import Call, Route, Shape
-
-LISTENS_TO_GATES = ("lookahead", "clairvoyant-horizon")
-GUESSES_BY_ROUTER = ("mixtral-offloading",)
+from foregate.schedule import GATES, NEXT_ROUTER, Call, Route, Shape, told_by
 
 
 @dataclass(frozen=True)
@@ -39,11 +36,12 @@ class Workload:
 
     def calls(self, policy: str) -> list[Call]:
         """The calls with what `policy` would be told. Raises ForegateError if that takes gates and there are none."""
-        if policy in LISTENS_TO_GATES:
+        source = told_by(policy)
+        if source == GATES:
             if self.gates is None:
                 raise ForegateError(f"policy {policy} needs gates: name them with --gates, or --gates untrained")
             return self._foreseen
-        return self._guessed if policy in GUESSES_BY_ROUTER else self._plain
+        return self._guessed if source == NEXT_ROUTER else self._plain
 
     @cached_property
     def future(self) -> Sequence[Route]:
