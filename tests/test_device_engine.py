@@ -266,7 +266,7 @@ def test_what_a_device_cannot_do(demo_store: Path, monkeypatch: pytest.MonkeyPat
     room = model.foregate.budget.total_bytes
     model.foregate.close()
     with monkeypatch.context() as patch:
-        patch.setattr("foregate.memory.devices.os.sysconf", lambda name: room - 1 if "PAGES" in name else 1)
+        patch.setattr("foregate.model.loading.open_device", lambda *_: SimulatedDevice(None, 0.0, room - 1))
         with pytest.raises(
             ForegateError,
             match=r"--memory 25% takes .* are free \(.*backbone .*\): the largest that works is --memory [\d.]+%",

@@ -19,15 +19,21 @@ REPEATS = 3  # the fastest counts
 
 
 def measure_costs(
-    device: Device, carrier: Carrier, records: HostRecords, slot_kernel: SlotKernel, host_kernel: Kernel
+    device: Device,
+    carrier: Carrier,
+    records: HostRecords,
+    slot_kernel: SlotKernel,
+    host_kernel: Kernel,
+    dtype: torch.dtype,
 ) -> Costs:
-    """The times of one expert of the first layer. Both kernels are that layer's; nothing may be under way. A paced link counts
-    as it is unpaced.
+    """The times of one expert of the first layer, whose kernels these are; nothing may be under way.
+
+    dtype: of the hidden states on the device. A paced link counts as it is unpaced.
     """
     load = _fastest(lambda: _carry(carrier, records.record_bytes(KEY)))
     one, several = (_on_host(records, slot_kernel, host_kernel, tokens) for tokens in (1, TOKENS))
     further = max(several - one, 0.0) / (TOKENS - 1)
-    return Costs(load, _on_device(device, slot_kernel), one, further)
+    return Costs(load, _on_device(device, slot_kernel, dtype), one, further)
 
 
 def _carry(carrier: Carrier, nbytes: int) -> None:
@@ -45,10 +51,13 @@ def _on_host(records: HostRecords, slot_kernel: SlotKernel, kernel: Kernel, toke
         return _fastest(lambda: kernel.run(hidden, work, outputs))
 
 
-def _on_device(device: Device, kernel: SlotKernel) -> float:
+def _on_device(device: Device, kernel: SlotKernel, dtype: torch.dtype) -> float:
     """Seconds of one expert for one token on the device, with the way back to the host."""
-    hidden = torch.zeros(1, _hidden_size(kernel), device=device.torch_device)
-    outputs, row = torch.empty_like(hidden), torch.zeros(1, dtype=torch.int32, device=device.torch_device)
+    hidden = torch.zeros(1, _hidden_size(kernel), dtype=dtype, device=device.torch_device)
+    outputs, row = (
+        torch.empty_like(hidden, dtype=torch.float32),
+        torch.zeros(1, dtype=torch.int32, device=device.torch_device),
+    )
 
     def compute() -> None:
         kernel.run(hidden, Rows(row, row, row), outputs, grouped=False)

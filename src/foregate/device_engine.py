@@ -171,7 +171,7 @@ class DeviceEngine(Engine):
         self, layer: int, hidden: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
     ) -> torch.Tensor:
         top_k, kernel, grouped = top_k_index.shape[-1], self._kernels[layer], len(hidden) >= GROUPED_TOKENS
-        index, weights = top_k_index.view(-1, top_k), top_k_weights.float().contiguous()
+        index, weights = top_k_index.reshape(-1, top_k), top_k_weights.float().contiguous()
         total = torch.empty_like(hidden)
         sent = self._send(layer, hidden, index)
         if (table := self._complete_table(layer)) is not None:
@@ -298,7 +298,7 @@ class DeviceEngine(Engine):
 
     def _measure_costs(self) -> Costs:
         kernels = self._kernels[0], self._host.kernels[0]
-        costs = measure_costs(self.device, self._carrier, self._records, *kernels)
+        costs = measure_costs(self.device, self._carrier, self._records, *kernels, self.dtype)
         paced = self.store.record_bytes / self._link_bandwidth if self._link_bandwidth else 0.0
         return replace(costs, load=max(costs.load, paced) + self._link_latency)
 
