@@ -2,10 +2,11 @@
 
 import itertools
 import time
-from collections import deque
+from array import array
 from typing import Any
 
 from foregate.checkpoint.store import ExpertKey
+from foregate.report.prefetches import KINDS
 from foregate.schedule import Load, Prediction
 
 PASSES, EXPERTS, GATES, STALLS, LOADS = "passes", "experts", "gates", "stalls", "loads"
@@ -16,13 +17,16 @@ COLUMNS = {  # of each kind's events; times in microseconds since recording bega
     STALLS: ("start", "duration", "layer"),
     LOADS: ("start", "duration", "layer", "expert", "kind"),  # from submission to the end
 }
+NAMES = tuple(COLUMNS)
+WIDTH = 7  # numbers of an event: its own, its kind, start, end in seconds, and up to three further columns
 
 
 class Timeline:
     """The last `limit` events. Each call notes one that ends now, so spans of the model's thread never overlap."""
 
     def __init__(self, limit: int) -> None:
-        self._events: deque[tuple] = deque(maxlen=limit)  # (number, kind, start, end, further columns), in seconds
+        self._limit = limit
+        self._ring = array("d", bytes(8 * WIDTH * limit))  # as tuples they would take five times the memory
         self._numbers = itertools.count(1)
         self._origin = time.perf_counter()
         self._submitted: dict[ExpertKey, float] = {}
@@ -50,20 +54,30 @@ class Timeline:
     def loaded(self, key: ExpertKey, kind: str) -> None:
         """A load has ended."""
         if (start := self._submitted.pop(key, None)) is not None:
-            self._add(LOADS, time.perf_counter() - start, *key, kind)
+            self._add(LOADS, time.perf_counter() - start, *key, KINDS.index(kind))
 
     def to_json(self) -> dict[str, Any]:
         """events: how many there were, and those kept by kind, as rows of COLUMNS, in the order of their ends."""
         rows: dict[str, list[list]] = {kind: [] for kind in COLUMNS}
-        events = list(self._events)  # at once: the link's threads may add to them
+        ring = self._ring[:]  # at once: the link's threads may add to it
+        events = sorted(tuple(ring[at : at + WIDTH]) for at in range(0, len(ring), WIDTH) if ring[at])
         for _, kind, start, end, *further in events:
-            first, last = self._microseconds(start), self._microseconds(end)
-            rows[kind].append([first, *further] if kind == PASSES else [first, last - first, *further])
-        return {"events": max((event[0] for event in events), default=0), "columns": COLUMNS, **rows}
+            rows[NAMES[int(kind)]].append(self._row(NAMES[int(kind)], start, end, list(map(int, further))))
+        return {"events": int(events[-1][0]) if events else 0, "columns": COLUMNS, **rows}
 
-    def _add(self, kind: str, seconds: float, *further: Any) -> None:
-        now = time.perf_counter()
-        self._events.append((next(self._numbers), kind, now - seconds, now, *further))
+    def _row(self, kind: str, start: float, end: float, further: list[int]) -> list:
+        first, last = self._microseconds(start), self._microseconds(end)
+        if kind == PASSES:
+            return [first, further[0]]
+        if kind == LOADS:
+            return [first, last - first, *further[:2], KINDS[further[2]]]
+        return [first, last - first, *further[: len(COLUMNS[kind]) - 2]]
+
+    def _add(self, kind: str, seconds: float, *further: int) -> None:
+        now, number = time.perf_counter(), next(self._numbers)
+        at = (number - 1) % self._limit * WIDTH
+        values = (number, NAMES.index(kind), now - seconds, now, *further, *(0,) * (WIDTH - 4 - len(further)))
+        self._ring[at : at + WIDTH] = array("d", values)
 
     def _microseconds(self, time_: float) -> int:
         return round((time_ - self._origin) * 1e6)
