@@ -273,3 +273,16 @@ def settle(scheduler, actions: list, now: float) -> None:
             actions += scheduler.arrived(action.key, 0.001, now)
         elif not hasattr(action, "slot") and type(action).__name__ == "Cancel":
             actions += scheduler.dropped(action.key, now)
+
+
+@pytest.mark.parametrize(("period", "half_life"), [(1, "32"), (24, "4")])
+def test_the_frequency_that_fits_the_text_is_believed(period: int, half_life: str) -> None:
+    """Experts drawn evenly from six, or from two of them that change every 24 tokens."""
+    random, reuse = np.random.default_rng(0), ReuseEstimate(SHAPE, discount(8.0))
+    for token in range(600):
+        own = range(EXPERTS) if period == 1 else (2 * (token // period) % EXPERTS, 2 * (token // period) % EXPERTS + 1)
+        for layer in range(LAYERS):
+            chosen = [int(random.choice(own))]
+            reuse.predicted(layer, random.random((3, EXPERTS)))  # noise: never better than any frequency
+            reuse.routed(layer, chosen, judge=True)
+    assert reuse.source == f"frequency with a half-life of {half_life} tokens"
