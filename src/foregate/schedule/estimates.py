@@ -15,7 +15,7 @@ LONGEST = 4096.0  # tokens that a record is expected to stay at most
 RESCALE = 1e100  # the unit that frequencies are kept in at most
 LEAST = 0.001  # that a use does not come is never less probable
 PRIOR = 4.0  # squared probability: how much predictions as given are worth against what was observed
-JUDGED = 5  # one call in so many is compared with what was said of it; coprime to most numbers of layers
+JUDGED = 11  # one call in so many is compared with what was said of it; coprime to most numbers of layers
 FADE = 0.998  # of what was observed, a layer call
 LOSS = 0.3  # of a load: what a wrong prefetch costs by what it evicted
 GIVE_UP = 0.5  # of the probability that starts a prefetch: with less it is given up
@@ -189,8 +189,7 @@ class ReuseEstimate:
 
     def _by_frequency(self, layer: int) -> None:
         """With the same probability in every call the discounted uses are a geometric series."""
-        skip = np.maximum(1.0 - self._frequency.of(layer), LEAST)
-        later = self._discount.token
+        skip, later = 1.0 - self._frequency.of(layer), self._discount.token
         self.skip[layer, : len(skip)], self.lost[layer, : len(skip)] = skip, (1.0 - later) / (1.0 - later * skip)
 
 
