@@ -29,12 +29,12 @@ VALUES = {
     "LOSS": (0.15, 0.5, 1.0),
     "PRIOR": (1.0, 16.0),
     "FADE": (0.99, 0.9995),
-    "HALF_LIFE": (8.0, 128.0),
+    "HALF_LIVES": ((32.0,), (4.0,)),
     "BLOCK": (4, 32),
 }
 
 
-def speeds(model: Model, tokens: int, constant: str | None, value: float | None) -> list[float]:
+def speeds(model: Model, tokens: int, constant: str | None, value: Any) -> list[float]:
     """Tokens/s of `lookahead` in every cell, with one constant changed."""
     torch.set_num_threads(1)
     if constant is not None:
@@ -55,7 +55,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, required=True)
     args = parser.parse_args()
     models = [Model(name, *map(Path, paths)) for name, *paths in args.model]
-    trials: list[tuple[str | None, float | None]] = [(None, None)]
+    trials: list[tuple[str | None, Any]] = [(None, None)]
     trials += [(constant, value) for constant, values in VALUES.items() for value in values]
     with ProcessPoolExecutor(2, mp_context=get_context("spawn"), max_tasks_per_child=1) as pool:
         futures = {trial: [pool.submit(speeds, model, args.tokens, *trial) for model in models] for trial in trials}

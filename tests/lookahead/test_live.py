@@ -91,11 +91,12 @@ def test_live_gates_say_what_the_gates_compute(
     routers = find_routers(model, model.foregate.store.layers)
     own = untrained_of_model(model, model.foregate.store.layers, horizon=1)
     embedded, routed, guesses = [], {}, 0
+    tokens = (5, 9, 5, 77, 12, 3, 8)
     model.get_input_embeddings().register_forward_hook(lambda module, args, output: embedded.append(output[0]))
     modules = [layer.module for layer in reference.header.layers]
     calls, cache = model.foregate.record_calls(), None
     with observed(model, modules, routers, routed.__setitem__), torch.inference_mode():
-        for token in (5, 9, 5, 77, 12):
+        for token in tokens:
             start = len(calls)
             cache = model(torch.tensor([[token]]), past_key_values=cache, use_cache=True).past_key_values
             check(calls[start].before, reference.predict(len(modules), embedded[-1]))
@@ -109,7 +110,7 @@ def test_live_gates_say_what_the_gates_compute(
                 torch.testing.assert_close(
                     torch.from_numpy(call.after.reuse).float(), reference.reuse(layer, inputs), atol=2e-2, rtol=0.1
                 )
-    assert len(calls) == 5 * len(modules)
+    assert len(calls) == len(tokens) * len(modules)
     assert 0 < guesses < len(calls), "asked for before judged calls only, and never over the token's end"
 
 

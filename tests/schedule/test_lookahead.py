@@ -54,14 +54,26 @@ def test_a_foreseen_expert_is_fetched_before_it_is_routed() -> None:
     assert world.scheduler.prefetches.in_time == 1
 
 
+def test_every_horizon_is_judged() -> None:
+    """Certain and never right at any of seven horizons, from any layer: none of them keeps its voice."""
+    scheduler = make_scheduler("lookahead", 16, Shape((EXPERTS,) * 8, (TOP_K,) * 8))
+    heard = set()
+    for call in range(4000):
+        layer = call % 8
+        scheduler.routed(layer, [])
+        scheduler.predicted(Prediction(layer, tuple(((layer + step) % 8, certain(4)) for step in range(1, 8))))
+        heard |= {(layer, *key) for key in scheduler.expected()} if call >= 4000 - 8 else set()
+    assert not heard
+
+
 class Checked(LookaheadScheduler):
     """Looks for every victim the slow way too."""
 
     def victim(self) -> ExpertKey | None:
         found = super().victim()
         self._refresh()
-        worth = {key: self._worth_of[key] for key in self._slot_of if self.evictable(key)}
-        assert found == min(sorted(worth), key=worth.__getitem__, default=None)
+        value = {key: self._value[key] for key in self._slot_of if self.evictable(key)}
+        assert found == min(sorted(value), key=value.__getitem__, default=None)
         return found
 
 
@@ -181,7 +193,7 @@ def test_the_better_of_gate_and_guess_is_believed(guess_is_right: bool) -> None:
         asked += world.scheduler.wants_guess()
         world.finish_all()
     assert world.scheduler.prefetches.in_time - before > 20
-    assert asked == 50 * LAYERS if guess_is_right else asked == 50 * LAYERS // JUDGED
+    assert asked == 50 * LAYERS if guess_is_right else abs(asked - 50 * LAYERS / JUDGED) < 1
 
 
 def test_a_prefetch_must_be_likelier_the_less_it_can_hide() -> None:
@@ -273,3 +285,16 @@ def settle(scheduler, actions: list, now: float) -> None:
             actions += scheduler.arrived(action.key, 0.001, now)
         elif not hasattr(action, "slot") and type(action).__name__ == "Cancel":
             actions += scheduler.dropped(action.key, now)
+
+
+@pytest.mark.parametrize(("period", "half_life"), [(1, "32"), (24, "4")])
+def test_the_frequency_that_fits_the_text_is_believed(period: int, half_life: str) -> None:
+    """Experts drawn evenly from six, or from two of them that change every 24 tokens."""
+    random, reuse = np.random.default_rng(0), ReuseEstimate(SHAPE, discount(8.0))
+    for token in range(600):
+        own = range(EXPERTS) if period == 1 else (2 * (token // period) % EXPERTS, 2 * (token // period) % EXPERTS + 1)
+        for layer in range(LAYERS):
+            chosen = [int(random.choice(own))]
+            reuse.predicted(layer, random.random((3, EXPERTS)))  # noise: never better than any frequency
+            reuse.routed(layer, chosen, judge=True)
+    assert reuse.source == f"frequency with a half-life of {half_life} tokens"

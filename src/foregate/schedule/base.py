@@ -20,7 +20,7 @@ from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 if TYPE_CHECKING:
     from foregate.schedule.placement import Placement
@@ -31,8 +31,7 @@ GATES, NEXT_ROUTER = "gates", "next router"  # what can predict for a policy
 LATER = 32  # experts computed on the host that are remembered, to be loaded when the link is idle
 
 
-@dataclass(frozen=True)
-class Load:
+class Load(NamedTuple):
     """Fill `slot` with the record `key`; answered by `arrived(key)`, or `dropped(key)` after a cancellation.
 
     A demand load goes before all prefetches. `back`: a record that has to cross the link the other way first.
@@ -158,15 +157,16 @@ class Scheduler(ABC):
             keys = [key for key in keys if key not in on_host]
         self._needed.update(keys)
         actions: list[Action] = [Compute(key) for key in on_host]
+        slot_of, loading, dropping, unused = self._slot_of, self._loading, self._dropping, self._unused
         for key in keys:
-            if key not in self._slot_of or key in self._dropping:
+            if key not in slot_of or key in dropping:
                 self._queue.append(key)
                 continue
-            hurry = self._loading.get(key) is False
+            hurry = key in loading and not loading[key]
             if hurry:
-                self._loading[key] = True
+                loading[key] = True
                 actions.append(Hurry(key))
-            if key in self._unused:
+            if key in unused:
                 self._count_use(key, late=hurry)
             self.used(key)
         return actions + self._go_on(now)
@@ -319,7 +319,9 @@ class Scheduler(ABC):
     def _serve_queue(self) -> list[Action]:
         actions: list[Action] = []
         while self._queue:
-            key = next((key for key in self._queue if key not in self._dropping), None)
+            key = self._queue[0]
+            if self._dropping:
+                key = next((key for key in self._queue if key not in self._dropping), None)
             if key is None:  # each waits for the end of its own cancelled prefetch
                 break
             slot = self.demand_slot(key)

@@ -10,13 +10,12 @@ from foregate.schedule.base import Shape
 LATER = np.array(
     [2.0, 8.5, 48.0]
 )  # tokens after the next: when a use comes that falls after each of the heads' windows
-HALF_LIFE = 32.0  # tokens, of the decayed frequency
+HALF_LIVES = (32.0, 4.0)  # tokens, of the decayed frequencies
 LONGEST = 4096.0  # tokens that a record is expected to stay at most
-RESCALE = 1e100  # of the numbers that frequencies are kept in
+RESCALE = 1e100  # the unit that frequencies are kept in at most
 LEAST = 0.001  # that a use does not come is never less probable
 PRIOR = 4.0  # squared probability: how much predictions as given are worth against what was observed
-JUDGED = 5  # one call in so many is compared with what was said of it; coprime to most numbers of layers
-FREQUENCY, REUSE_HEADS = "decayed frequency", "reuse heads"
+JUDGED = 11  # one call in so many is compared with what was said of it; coprime to most numbers of layers
 FADE = 0.998  # of what was observed, a layer call
 LOSS = 0.3  # of a load: what a wrong prefetch costs by what it evicted
 GIVE_UP = 0.5  # of the probability that starts a prefetch: with less it is given up
@@ -141,56 +140,84 @@ class ReuseEstimate:
 
     `skip`: the probability that the layer's next call does not use the expert. `lost`: what it is not worth then, 1 less
     the discounted use that comes later. Of two uses that may come the first counts: worth = 1 - skip * lost, times the
-    discount of the layer's next call. By decayed frequency, or by the reuse heads where they speak and have been the better
-    judges of late.
+    discount of the layer's next call. By a decayed frequency, or by the reuse heads where they speak and have been the
+    better judges of late.
     """
 
     def __init__(self, shape: Shape, discount: Discount) -> None:
         self._discount = discount
-        self._rate = [[k / n] * n for n, k in zip(shape.experts, shape.top_k, strict=True)]  # times _unit
-        self._unit, self._growth = 1.0, 2.0 ** (1 / HALF_LIFE)
-        self._gain = 1 - 1 / self._growth
+        self._frequencies = [Frequency(shape, half_life) for half_life in HALF_LIVES]
         self._heads: dict[int, np.ndarray] = {}  # layer -> what its reuse head said of the next call
-        self._head_error, self._rate_error = Average(FADE**JUDGED), Average(FADE**JUDGED)
-        self.source = REUSE_HEADS  # whose estimates are used while heads speak
+        self._errors = [Average(FADE**JUDGED) for _ in HALF_LIVES]
+        self._head_error = Average(FADE**JUDGED)
+        self._frequency, self._believes_heads = self._frequencies[0], True
         self.skip = np.ones((shape.layers, max(shape.experts)))
         self.lost = np.ones(self.skip.shape)
         for layer in range(shape.layers):
             self._by_frequency(layer)
 
+    @property
+    def source(self) -> str:
+        """Whose estimates are used while heads speak."""
+        return "reuse heads" if self._believes_heads else self._frequency.name
+
     def routed(self, layer: int, experts: Sequence[int], judge: bool) -> None:
         """The layer's call used these experts. judge: compare it with what was expected of it."""
-        if layer == 0:
-            self._next_token()
         head = self._heads.pop(layer, None)
-        if judge and head is not None:
-            self._head_error.add(_squared_error(head, experts))
-            self._rate_error.add(_squared_error(np.array(self._rate[layer]) / self._unit, experts))
-            self.source = REUSE_HEADS if self._head_error.value <= self._rate_error.value else FREQUENCY
-        rate, gain = self._rate[layer], self._unit * self._gain
-        for expert in experts:
-            rate[expert] += gain
-        if head is None or self.source is FREQUENCY:  # otherwise the head will speak in a moment
+        if judge:
+            self._judge(layer, experts, head)
+        for frequency in self._frequencies:
+            frequency.add(layer, experts)
+        if head is None or not self._believes_heads:  # otherwise the head will speak in a moment
             self._by_frequency(layer)
 
     def predicted(self, layer: int, reuse: np.ndarray) -> None:
         """reuse: float [windows, experts], the probabilities of a use within the next 1, 4 and 16 tokens."""
         self._heads[layer] = reuse[0]
-        if self.source is REUSE_HEADS:
+        if self._believes_heads:
             skip, lost = expected_loss(reuse, self._discount.after_windows)
             self.skip[layer, : len(skip)], self.lost[layer, : len(skip)] = skip, lost
 
+    def _judge(self, layer: int, experts: Sequence[int], head: np.ndarray | None) -> None:
+        for frequency, error in zip(self._frequencies, self._errors, strict=True):
+            error.add(_squared_error(frequency.of(layer), experts))
+        values = [error.value for error in self._errors]
+        self._frequency = self._frequencies[values.index(min(values))]
+        if head is not None:
+            self._head_error.add(_squared_error(head, experts))
+            self._believes_heads = self._head_error.value <= min(values)
+
     def _by_frequency(self, layer: int) -> None:
         """With the same probability in every call the discounted uses are a geometric series."""
-        skip = np.maximum(1.0 - np.array(self._rate[layer]) / self._unit, LEAST)
-        later = self._discount.token
+        skip, later = 1.0 - self._frequency.of(layer), self._discount.token
         self.skip[layer, : len(skip)], self.lost[layer, : len(skip)] = skip, (1.0 - later) / (1.0 - later * skip)
 
-    def _next_token(self) -> None:
-        self._unit *= self._growth
-        if self._unit > RESCALE:
-            self._rate = [[rate / self._unit for rate in rates] for rates in self._rate]
-            self._unit = 1.0
+
+class Frequency:
+    """Share of a layer's calls that use an expert, older calls counting less.
+
+    Kept in a unit that grows from token to token, so that only the experts that are used are touched.
+    """
+
+    def __init__(self, shape: Shape, half_life: float) -> None:
+        self.name = f"frequency with a half-life of {half_life:g} tokens"
+        self._growth, self._unit = 2.0 ** (1 / half_life), 1.0
+        self._values = [[k / n] * n for n, k in zip(shape.experts, shape.top_k, strict=True)]  # times the unit
+
+    def add(self, layer: int, experts: Sequence[int]) -> None:
+        """The layer's call used these experts. A call of layer 0 starts a token."""
+        if layer == 0:
+            self._unit *= self._growth
+            if self._unit > RESCALE:
+                self._values = [[value / self._unit for value in values] for values in self._values]
+                self._unit = 1.0
+        values, one_use = self._values[layer], self._unit * (1 - 1 / self._growth)
+        for expert in experts:
+            values[expert] += one_use
+
+    def of(self, layer: int) -> np.ndarray:
+        """The shares, float [experts]."""
+        return np.array(self._values[layer]) / self._unit
 
 
 def expected_loss(reuse: np.ndarray, after_windows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

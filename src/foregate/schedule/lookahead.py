@@ -28,14 +28,16 @@ class LookaheadScheduler(Scheduler):
         self._reuse = ReuseEstimate(shape, self._discount)
         self._skip = self._reuse.skip.copy()  # the same with what gates say of the next call
         self._away = np.full(size, np.inf)  # 0 where a record is resident
-        self._worth_of = np.zeros(size)
+        self._value = np.zeros(size)  # the discounted chance of a use
         self._leaving = np.zeros(size)  # the same for what may be evicted, infinity for what may not
         self._stale = True  # whether the latter two are out of date
         self._latest: tuple[_Aims, np.ndarray] | None = None  # the last prediction
         self._candidates: list[ExpertKey] | None = []  # worth a prefetch, the next one last; None: to be found
         self._aims: dict[tuple[int, bool, bool], _Aims] = {}  # by the source of a prediction
         self._calibration = Calibration(_guess_kind(shape) + 1)
-        self._said: list[tuple[int, np.ndarray, np.ndarray]] = []  # what the calibration learns at the next judged call
+        self._said: dict[
+            int, list[tuple[int, np.ndarray, np.ndarray]]
+        ] = {}  # layer whose next call is judged -> by kind
         self._pace, self._worth = Pace(), Worth()
         self._least = [0.0] * (layers + 1)  # probability of a prefetch, by distance
         self._layer, self._calls = layers - 1, -1  # that was routed last; its number
@@ -50,10 +52,7 @@ class LookaheadScheduler(Scheduler):
         self._discount.call()
         if layer == 0:
             self._next_token()
-        judged = self._calls % JUDGED == 0
-        self._reuse.routed(layer, experts, judged and tokens == 1)
-        if judged:
-            self._learn(experts, tokens)
+        self._learn(layer, experts, tokens)
         self._skip[layer] = self._reuse.skip[layer]
         if self._candidates:
             self._candidates = [key for key in self._candidates if key[0] != layer]
@@ -66,27 +65,29 @@ class LookaheadScheduler(Scheduler):
 
     def predicted(self, prediction: Prediction, now: float = 0.0) -> list[Action]:
         self._worth.spent(prediction.seconds)
+        self._stale = True
         if prediction.reuse is not None:
             self._reuse.predicted(prediction.layer, prediction.reuse)
             self._skip[prediction.layer] = self._reuse.skip[prediction.layer]
-        if not prediction.ahead:
-            return self._go_on(now)
-        self._listen(prediction)
-        self._stale, self._candidates = True, None
-        return (self._give_up_unlikely() if self._loading else []) + self._go_on(now)
+        actions = []
+        if prediction.ahead:
+            self._listen(prediction)
+            self._candidates = None
+            actions = self._give_up_unlikely() if self._loading else []
+        return actions + self._go_on(now)
 
     def arrived(self, key: ExpertKey, seconds: float = 0.0, now: float = 0.0) -> list[Action]:
         self._pace.load(seconds)
         self._discount.load()
         self._away[key] = 0.0
         if key not in self._needed:
-            self._leaving[key] = self._worth_of[key]
+            self._leaving[key] = self._value[key]
         return super().arrived(key, seconds, now)
 
     def computed(self, keys: Collection[ExpertKey], now: float = 0.0) -> list[Action]:
         if not self._stale:
             for key in keys:
-                self._leaving[key] = self._worth_of[key]
+                self._leaving[key] = self._value[key]
         return super().computed(keys, now)
 
     def waited(self, seconds: float) -> None:
@@ -131,7 +132,7 @@ class LookaheadScheduler(Scheduler):
     def prefetch_slot(self, key: ExpertKey) -> int | None:
         if not self._free:
             victim = self.victim()
-            if victim is None or self._worth_of[victim] >= self._worth_of[key]:
+            if victim is None or self._value[victim] >= self._value[key]:
                 return None
             self._evict(victim)
         return self._free.pop()
@@ -153,7 +154,7 @@ class LookaheadScheduler(Scheduler):
         if len(found) > 1:
             if self._stale:
                 self._refresh()
-            found.sort(key=self._worth_of.__getitem__)
+            found.sort(key=self._value.__getitem__)
         return found
 
     def _give_up_wrong(self, layer: int, chosen: list[int]) -> list[Action]:
@@ -184,12 +185,12 @@ class LookaheadScheduler(Scheduler):
         for aims in self._aims.values():
             aims.demand_at_least(self._least)
 
-    def _learn(self, experts: list[int], tokens: int) -> None:
+    def _learn(self, layer: int, experts: list[int], tokens: int) -> None:
         """Compare what was expected of this call with what came. A call for several tokens says nothing about it."""
-        if tokens == 1:
-            for kind, given, expected in self._said:
+        for kind, given, expected in self._said.pop(layer, ()):
+            if tokens == 1:
                 self._calibration.learn(kind, given, expected, experts)
-        self._said.clear()
+        self._reuse.routed(layer, experts, judge=tokens == 1 and self._calls % JUDGED == 0)
 
     def _listen(self, prediction: Prediction) -> None:
         """Take in a prediction's probabilities, corrected; for the next layer the guess, if it has been the better one."""
@@ -199,21 +200,21 @@ class LookaheadScheduler(Scheduler):
         by_guess = guess is not None and self._guess_is_better()
         aims = self._aims_of(prediction, by_guess)
         given = np.concatenate([guess, *parts[1:]] if by_guess else parts)
-        likely = 1.0 - self._reuse.skip.ravel()[aims.places]
-        likely += (given - likely) * self._calibration.share[aims.kinds]
-        np.minimum(np.maximum(likely, 0.0, out=likely), 1.0, out=likely)
-        self._skip.ravel()[aims.places] = 1.0 - likely
-        self._latest = aims, likely
+        skip = self._reuse.skip.ravel()[aims.places]
+        skip -= (given + skip - 1.0) * self._calibration.share[aims.kinds]
+        np.maximum(skip, 0.0, out=skip)  # timid gates may be taken for more than certain
+        self._skip.ravel()[aims.places] = skip
+        self._latest = aims, 1.0 - skip
 
     def _note_for_judging(self, prediction: Prediction, guess: np.ndarray | None) -> None:
-        """Keep what is said of the next call that is judged."""
-        place = JUDGED - 1 - self._calls % JUDGED  # among the coming calls
-        if place < len(prediction.ahead):
+        """Keep what is said of those of the coming calls that are judged."""
+        for place in range(JUDGED - 1 - self._calls % JUDGED, len(prediction.ahead), JUDGED):
             target, given = prediction.ahead[place]
             expected = 1.0 - self._reuse.skip[target, : len(given)]
-            self._said.append((_kind(prediction, place, self.shape), given, expected))
+            notes = self._said.setdefault(target, [])
+            notes.append((_kind(prediction, place, self.shape), given, expected))
             if guess is not None and place == 0:
-                self._said.append((_guess_kind(self.shape), guess, expected))
+                notes.append((_guess_kind(self.shape), guess, expected))
 
     def _guess_is_better(self) -> bool:
         return self._calibration.explained[_guess_kind(self.shape)] > self._calibration.explained[0]
@@ -226,11 +227,11 @@ class LookaheadScheduler(Scheduler):
         return self._aims[source]
 
     def _refresh(self) -> None:
-        worth = self._worth_of
-        np.multiply(self._skip, self._reuse.lost, out=worth)
-        np.subtract(1.0, worth, out=worth)
-        worth *= self._discount.after(self._layer)
-        np.add(worth, self._away, out=self._leaving)
+        value = self._value
+        np.multiply(self._skip, self._reuse.lost, out=value)
+        np.subtract(1.0, value, out=value)
+        value *= self._discount.after(self._layer)
+        np.add(value, self._away, out=self._leaving)
         for key in self._needed:
             self._leaving[key] = np.inf
         self._stale = False
