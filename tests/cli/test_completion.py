@@ -8,14 +8,16 @@ from pathlib import Path
 import pytest
 
 from foregate.cli import completion
-from foregate.cli.completion import KERNEL_NAMES
-from foregate.kernels import AUTO, KERNELS
+from foregate.cli.completion import DEVICE_NAMES, KERNEL_NAMES
+from foregate.kernels import AUTO, KERNELS, slots
+from foregate.memory import devices
 
 FOREGATE = Path(sys.executable).parent / "foregate"
 
 
-def test_kernels_are_those_there_are() -> None:
-    assert set(KERNEL_NAMES) == {AUTO, *KERNELS}
+def test_kernels_and_devices_are_those_there_are() -> None:
+    assert set(KERNEL_NAMES) == {AUTO, *KERNELS, *slots.NAMES}
+    assert set(DEVICE_NAMES) == set(devices.NAMES)
 
 
 def test_models_are_folders_that_hold_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -77,7 +77,7 @@ def test_the_next_layers_own_router_is_heard_beside_the_gates(workload: Workload
         if call.layer + 1 == len(own.header.layers):
             assert call.after.guess is None
             continue
-        hidden = workload.trace.inputs(call.layer)[place // len(own.header.layers)].float()
+        hidden = workload.trace.inputs(call.layer)[place // len(own.header.layers)].float()[None]
         assert call.after.guess == pytest.approx(own.predict(call.layer, hidden)[0][1].numpy(), abs=1e-5)
 
 

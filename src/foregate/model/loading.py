@@ -18,8 +18,8 @@ from foregate.checkpoint.source import GATES_FILE, load_config
 from foregate.checkpoint.store import MatrixInfo, Store
 from foregate.checkpoint.tensors import TensorEntry, read_header
 from foregate.config import EngineConfig
-from foregate.device_engine import DeviceEngine
 from foregate.engine import Engine, HostEngine
+from foregate.engine.device import DeviceEngine
 from foregate.errors import ForegateError, first_line
 from foregate.kernels import set_threads
 from foregate.memory.budget import divide, divide_host

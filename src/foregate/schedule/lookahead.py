@@ -144,7 +144,7 @@ class LookaheadScheduler(Scheduler):
         if self._stale:
             self._refresh()
         self._stale = True  # the layer's experts are only about to be needed
-        return sorted(keys, key=self._worth_of.__getitem__, reverse=True)
+        return sorted(keys, key=self._value.__getitem__, reverse=True)
 
     def _worth_fetching(self) -> list[ExpertKey]:
         """What gates expect, is absent and worth a load; what is worth most comes last."""

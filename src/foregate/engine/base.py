@@ -1,8 +1,4 @@
-"""The engine: runs one MoE layer at a time with its experts in slots.
-
-`Engine` is what all engines share: scheduler, link, predictions, failures. `HostEngine._run_layer` is the step where the
-experts are computed in host memory, top to bottom; `device_engine.py` has the one with slots on a device.
-"""
+"""What all engines share: scheduler, link, predictions, failures. An engine runs one MoE layer at a time, experts in slots."""
 
 import threading
 import time
@@ -14,14 +10,12 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from foregate.checkpoint.store import ExpertKey, Store
+from foregate.checkpoint.store import Store
 from foregate.errors import ForegateError
-from foregate.kernels import Kernel, Work, choose_kernel
+from foregate.kernels import choose_kernel
 from foregate.memory.budget import Budget
 from foregate.memory.carrier import Carrier
-from foregate.memory.disk import DiskToHost
 from foregate.memory.link import Finished, Link
-from foregate.memory.slots import SlotMemory
 from foregate.report import Recorder
 from foregate.schedule import Action, Call, Cancel, Hurry, Load, Prediction, Route, Scheduler, Shape, make_scheduler
 
@@ -300,48 +294,6 @@ class Engine(ABC):
             self._link.cancel(key)
 
 
-class HostEngine(Engine):
-    """Slots in host memory, records on disk."""
-
-    _kernels: Sequence[Kernel] = ()  # one a layer
-
-    def connect(self, modules: list[nn.Module]) -> None:
-        self._kernels = [self.kernel(module, self.exact) for module in modules]
-
-    def _run_layer(
-        self, layer: int, hidden: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
-    ) -> torch.Tensor:
-        top_k = top_k_index.shape[-1]
-        waiting = places_by_expert(top_k_index, self.store.layers[layer].num_experts)
-        outputs = hidden.new_zeros(hidden.shape[0] * top_k, hidden.shape[1])
-
-        self._route(layer, list(waiting), tokens=hidden.shape[0])
-        self._predict(layer, top_k_index)
-        while waiting:
-            ready = self._await_resident(layer, waiting)
-            places = {expert: waiting.pop(expert) for expert in ready}
-            work = [Work(self._expert((layer, e)), rows // top_k, rows) for e, rows in places.items()]
-            start = time.perf_counter()
-            self._kernels[layer].run(hidden, work, outputs)
-            self.recorder.computed(layer, len(work), time.perf_counter() - start)
-            self._release(layer, ready)
-        return weighted_sum(outputs.view(-1, top_k, hidden.shape[1]), top_k_weights)
-
-    def _expert(self, key: ExpertKey) -> Any:
-        layer, slot = key[0], self.scheduler.slot(key)
-        prepared_for, expert = self._prepared.get(slot, (None, None))
-        if prepared_for != layer:
-            layout = self.store.layers[layer].layout
-            expert = self._kernels[layer].prepare(layout.unpack(self._memory.record(slot, layout.nbytes)))
-            self._prepared[slot] = (layer, expert)
-        return expert
-
-    def _make_slots(self) -> Carrier:
-        self._memory = SlotMemory(self.scheduler.slots, self.budget.slot_bytes)
-        self._prepared: dict[int, tuple[int, Any]] = {}  # slot -> (layer, the slot as that layer's kernel takes it)
-        return DiskToHost(self.store, self._memory)
-
-
 def places_by_expert(top_k_index: torch.Tensor, num_experts: int) -> dict[int, torch.Tensor]:
     """For each chosen expert, ascending: where it was chosen, as positions in the flattened [tokens, k] index.
 
@@ -352,12 +304,3 @@ def places_by_expert(top_k_index: torch.Tensor, num_experts: int) -> dict[int, t
     chosen, counts = torch.unique_consecutive(flat[order], return_counts=True)
     groups = zip(chosen.tolist(), order.split(counts.tolist()), strict=True)
     return {expert: rows for expert, rows in groups if 0 <= expert < num_experts}
-
-
-def weighted_sum(outputs: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """Sum over k of outputs [tokens, k, hidden] * weights [tokens, k], always in the order of k."""
-    weights = weights.to(outputs.dtype).unsqueeze(-1)
-    total = outputs[:, 0] * weights[:, 0]
-    for rank in range(1, outputs.shape[1]):
-        total += outputs[:, rank] * weights[:, rank]
-    return total

@@ -17,9 +17,9 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import foregate
-from foregate import engine as engine_module
+from foregate.engine import base as engine_module
+from foregate.engine.host_experts import HostExperts
 from foregate.errors import ForegateError
-from foregate.host_experts import HostExperts
 from foregate.memory import disk
 from foregate.memory.simulated import SimulatedDevice
 from foregate.schedule import BOUNDS, POLICIES

@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 from transformers import PreTrainedModel
 
 import foregate
-from foregate import engine as engine_module
-from foregate.engine import places_by_expert, weighted_sum
+from foregate.engine import base as engine_module
+from foregate.engine.base import places_by_expert
+from foregate.engine.host import weighted_sum
 from foregate.errors import ForegateError
 from foregate.memory import disk
 from foregate.schedule import BOUNDS, POLICIES

@@ -15,9 +15,9 @@ import torch
 from torch import nn
 
 from foregate.checkpoint.store import ExpertKey, Store
-from foregate.costs import measure_costs
-from foregate.engine import Engine, places_by_expert
-from foregate.host_experts import HostExperts
+from foregate.engine.base import Engine, places_by_expert
+from foregate.engine.costs import measure_costs
+from foregate.engine.host_experts import HostExperts
 from foregate.kernels.slots import Rows, SlotKernel, SlotReference, choose_slot_kernel
 from foregate.memory.budget import Budget
 from foregate.memory.carrier import Carrier
