@@ -26,7 +26,7 @@ class Timeline:
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
-        self._ring = array("d", bytes(8 * WIDTH * limit))  # as tuples they would take five times the memory
+        self._ring = array("d", (0.0,)) * (WIDTH * limit)  # as tuples they would take five times the memory
         self._numbers = itertools.count(1)
         self._origin = time.perf_counter()
         self._submitted: dict[ExpertKey, float] = {}
