@@ -51,6 +51,11 @@ def foregate_lines(page: str) -> list[list[str]]:
     return [words[1:] for words in lines(page) if Path(words[0]).name == "foregate"]
 
 
+def redirected(words: list[str]) -> tuple[list[str], str | None]:
+    """A command without its `> FILE`, and the file."""
+    return (words[:-2], words[-1]) if words[-2:-1] == [">"] else (words, None)
+
+
 def find_command(words: list[str]) -> tuple[Any, list[str]]:
     """The command that the words name, and the arguments left for it."""
     command, rest = get_command(app), list(words)
@@ -66,7 +71,7 @@ def options_of(command: Any) -> set[str]:
 @pytest.mark.parametrize("page", PAGES)
 def test_commands_are_what_the_command_line_takes(page: str) -> None:
     for words in foregate_lines(page):
-        command, rest = find_command(words)
+        command, rest = find_command(redirected(words)[0])
         command.make_context(words[0], rest)  # fails on unknown options, wrong types, missing arguments
 
 
@@ -150,8 +155,11 @@ def test_commands_run(
     config.write_text(json.dumps({**settings, "max_position_embeddings": 1024}))  # windows are of 512 tokens
     (workshop / "demo.store").symlink_to(demo_store)
     provide(workshop, commands, demo_trace)
-    for words in commands:
+    for line in commands:
+        words, output = redirected(line)
         done = CliRunner().invoke(app, words, catch_exceptions=False)
+        if output:
+            Path(output).write_text(done.stdout)
         assert done.exit_code == 0, f"{shlex.join(words)}: {done.output}"
         for word, after in pairwise(words):
             assert word not in ("--out", "--json", "--plot") or (workshop / after).exists()

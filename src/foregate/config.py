@@ -60,7 +60,7 @@ class GenerateConfig:
 class ReportConfig:
     """What a report holds, and what `foregate plot` draws of it."""
 
-    events: int = 20_000  # of the time line: the last ones
+    events: int = 10_000  # of the time line: the last ones
     tokens: int = 2  # that the picture of the time line shows
     formats: str = "png"
 

@@ -67,7 +67,7 @@ class Terminal:
         """Keys; \\x03 is ctrl-C and \\x04 ctrl-D."""
         os.write(self._fd, text.encode())
 
-    def expect(self, pattern: str, timeout: float = 60.0) -> str:
+    def expect(self, pattern: str, timeout: float = 180.0) -> str:
         """All up to and with the first match of `pattern` after the last one."""
         deadline = time.monotonic() + timeout
         while not (match := re.compile(pattern).search(self.seen, self._read_until)):
@@ -78,7 +78,7 @@ class Terminal:
 
     def wait(self) -> int:
         """The exit code, once the command has ended by itself."""
-        while self._receive(60.0):
+        while self._receive(180.0):
             pass
         return self._process.wait(10)
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import foregate
+from foregate.config import ReportConfig
 from foregate.report import Recorder, build_report, write_report
 from foregate.schedule import Call
 from foregate.schedule.base import Prefetches
@@ -64,7 +65,7 @@ def _run(store: Path, policy: str, future: list | None) -> Run:
     model = foregate.load(store, memory="25%", policy=policy, threads=1, link_bandwidth=BANDWIDTH, future=future)
     engine = model.foregate
     with closing(engine):
-        engine.recorder.record_timeline(20_000)
+        engine.recorder.record_timeline(ReportConfig.events)
         calls, start = engine.record_calls(), time.perf_counter()
         prompt = torch.arange(50, 50 + PROMPT_TOKENS)[None]
         model.generate(prompt, max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS, do_sample=False)
