@@ -38,6 +38,7 @@ def test_a_machine_that_works(demo_store: Path, tmp_path: Path) -> None:
     assert {check.topic for check in done.checks} == {"machine", "kernels", "speed", "storage", "limits", "self-test"}
     assert all(check.mend for check in done.checks if check.state != "ok")
     assert done.folder == demo_store.resolve()
+    assert " ms on this processor" in found(done.checks, "an expert").found
     file = tmp_path / "machine.json"
     file.write_text(json.dumps(done.to_json()))
     figures = measured_figures(file, "cpu")

@@ -10,11 +10,13 @@ import torch
 from foregate.checkpoint.store import Store
 from foregate.config import DoctorConfig
 from foregate.doctor.check import Check
+from foregate.doctor.expert import expert_costs
 from foregate.doctor.machine import file_system, free_space, lockable_bytes, machine_facts, versions
 from foregate.doctor.measure import Bandwidth, disk_bandwidth, link_bandwidth, memory_bandwidth
 from foregate.doctor.selftest import TOLERANCE, check_engine, check_kernels
 from foregate.errors import ForegateError, first_line
 from foregate.kernels import cpu
+from foregate.memory.devices import CUDA, SIMULATED, open_device
 from foregate.sizes import format_bytes
 
 MEMORY_FILE_SYSTEMS = ("tmpfs", "ramfs")
@@ -48,7 +50,7 @@ def examine(store: str | Path | None = None) -> Report:
     opened = Store(store) if store is not None else None
     folder = (opened.path if opened else Path.cwd()).resolve()
     report = Report(machine_facts(), versions(), folder)
-    for look in (_host, _kernels, _memory, _storage, _device, _self_test):
+    for look in (_host, _kernels, _memory, _storage, _device, _expert, _self_test):
         report.checks += look(report, opened)
     return report
 
@@ -177,6 +179,24 @@ def _device(report: Report, store: Store | None) -> Iterator[Check]:
     found = f"{link.bytes_per_second / 1e9:.1f} GB/s from pinned memory, {link.latency_seconds * 1e6:.0f} us a page"
     yield Check("speed", "link", "ok", found)
     yield Check("speed", "card's memory", "ok", f"{own.bytes_per_second / 1e9:.0f} GB/s")
+
+
+def _expert(report: Report, store: Store | None) -> Iterator[Check]:
+    """What placement compares; without a card, what compute and the disk take."""
+    if store is None:
+        return
+    card = bool(report.machine["cards"])
+    try:
+        costs = expert_costs(store, open_device(CUDA if card else SIMULATED, None, 0.0))
+    except (ForegateError, RuntimeError) as error:
+        yield Check("speed", "an expert", "broken", first_line(error), "check the store with foregate verify")
+        return
+    found = f"{costs.host * 1e3:.2f} ms on this processor"
+    if card:
+        found = f"{costs.load * 1e3:.2f} ms over the link, {costs.device * 1e3:.2f} ms on the card, {found}"
+    elif (disk := report.measured.get("disk")) is not None:
+        found = f"{found}, {store.record_bytes / disk.bytes_per_second * 1e3:.2f} ms from the disk"
+    yield Check("speed", "an expert", "ok", found)
 
 
 def _self_test(report: Report, store: Store | None) -> Iterator[Check]:

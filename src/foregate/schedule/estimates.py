@@ -7,9 +7,7 @@ import numpy as np
 
 from foregate.schedule.base import Shape
 
-LATER = np.array(
-    [2.0, 8.5, 48.0]
-)  # tokens after the next: when a use comes that falls after each of the heads' windows
+LATER = np.array([2.0, 8.5, 48.0])  # tokens after the next, of a use that falls after each of the heads' windows
 HALF_LIVES = (32.0, 4.0)  # tokens, of the decayed frequencies
 LONGEST = 4096.0  # tokens that a record is expected to stay at most
 RESCALE = 1e100  # the unit that frequencies are kept in at most

@@ -31,13 +31,12 @@ class LookaheadScheduler(Scheduler):
         self._value = np.zeros(size)  # the discounted chance of a use
         self._leaving = np.zeros(size)  # the same for what may be evicted, infinity for what may not
         self._stale = True  # whether the latter two are out of date
-        self._latest: tuple[_Aims, np.ndarray] | None = None  # the last prediction
+        self._latest: tuple[_Aims, np.ndarray] | None = None  # the last prediction, as `skip`
         self._candidates: list[ExpertKey] | None = []  # worth a prefetch, the next one last; None: to be found
         self._aims: dict[tuple[int, bool, bool], _Aims] = {}  # by the source of a prediction
         self._calibration = Calibration(_guess_kind(shape) + 1)
-        self._said: dict[
-            int, list[tuple[int, np.ndarray, np.ndarray]]
-        ] = {}  # layer whose next call is judged -> by kind
+        # Layer whose next call is judged -> kind, what a prediction gave, what was expected without it.
+        self._said: dict[int, list[tuple[int, np.ndarray, np.ndarray]]] = {}
         self._pace, self._worth = Pace(), Worth()
         self._least = [0.0] * (layers + 1)  # probability of a prefetch, by distance
         self._layer, self._calls = layers - 1, -1  # that was routed last; its number
@@ -103,8 +102,8 @@ class LookaheadScheduler(Scheduler):
     def expected(self) -> tuple[ExpertKey, ...]:
         if self._latest is None:
             return ()
-        aims, likely = self._latest
-        return tuple(aims.keys[place] for place in (likely >= 0.5).nonzero()[0].tolist())
+        aims, skip = self._latest
+        return tuple(aims.keys[place] for place in (skip <= 0.5).nonzero()[0].tolist())
 
     def facts(self) -> dict[str, Any]:
         return {
@@ -148,8 +147,8 @@ class LookaheadScheduler(Scheduler):
 
     def _worth_fetching(self) -> list[ExpertKey]:
         """What gates expect, is absent and worth a load; what is worth most comes last."""
-        aims, likely = self._latest
-        probable = (likely >= aims.least).nonzero()[0].tolist()
+        aims, skip = self._latest
+        probable = (skip <= aims.most).nonzero()[0].tolist()
         found = [key for key in map(aims.keys.__getitem__, probable) if key not in self._slot_of]
         if len(found) > 1:
             if self._stale:
@@ -204,7 +203,7 @@ class LookaheadScheduler(Scheduler):
         skip -= (given + skip - 1.0) * self._calibration.share[aims.kinds]
         np.maximum(skip, 0.0, out=skip)  # timid gates may be taken for more than certain
         self._skip.ravel()[aims.places] = skip
-        self._latest = aims, 1.0 - skip
+        self._latest = aims, skip
 
     def _note_for_judging(self, prediction: Prediction, guess: np.ndarray | None) -> None:
         """Keep what is said of those of the coming calls that are judged."""
@@ -265,4 +264,4 @@ class _Aims:
 
     def demand_at_least(self, least: list[float]) -> None:
         """Set the least probability of a prefetch for each value. least: by distance."""
-        self.least = np.array(least)[self.distances]
+        self.most = 1.0 - np.array(least)[self.distances]  # that it is not used
