@@ -13,6 +13,7 @@ STYLES = {
     "mixtral-offloading-code": ("#d9a679", "v", ":"),
     "lookahead": ("#1d3557", "o", "-"),
     "clairvoyant-horizon": ("#2a9d8f", "D", "-."),
+    "clairvoyant-determined": ("#7fb8ad", "<", "-."),
     "clairvoyant": ("#000000", "d", "-."),
 }
 OTHER_STYLES = (("#457b9d", "P", "--"), ("#8d6a9f", "<", "--"), ("#e76f51", ">", "-."))

@@ -14,7 +14,10 @@ from foregate.schedule import BOUNDS, Call, Route
 from foregate.simulate.cells import CLAIRVOYANT, VARIANTS, check_policies
 
 PLACED = "+host"  # after a policy's name: on a device, missed experts are computed on the host where that is faster
-REFERENCES = ("lru", "mixtral-offloading", "mixtral-offloading-code", CLAIRVOYANT, "clairvoyant-horizon")
+REFERENCES = (
+    *("lru", "mixtral-offloading", "mixtral-offloading-code"),
+    *(CLAIRVOYANT, "clairvoyant-horizon", "clairvoyant-determined"),
+)
 Announce = Callable[[str], None]
 Watch = Callable[[Any, Callable[[], bool]], None]
 

@@ -17,6 +17,7 @@ SHORT = {
     "mixtral-offloading-code": "m-o code",
     "clairvoyant": "clairv.",
     "clairvoyant-horizon": "horizon",
+    "clairvoyant-determined": "determ.",
 }
 RATIOS_NOTE = "×: tokens/s over that policy's; m-o is mixtral-offloading"
 

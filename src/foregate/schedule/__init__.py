@@ -18,6 +18,7 @@ from foregate.schedule.base import (
     Shape,
 )
 from foregate.schedule.clairvoyant import (
+    ClairvoyantDeterminedScheduler,
     ClairvoyantHorizonScheduler,
     ClairvoyantScheduler,
     PatientClairvoyantScheduler,
@@ -33,6 +34,7 @@ BOUNDS: dict[str, type[ClairvoyantScheduler | ClairvoyantHorizonScheduler]] = {
     "clairvoyant": ClairvoyantScheduler,
     "clairvoyant-patient": PatientClairvoyantScheduler,
     "clairvoyant-horizon": ClairvoyantHorizonScheduler,
+    "clairvoyant-determined": ClairvoyantDeterminedScheduler,
 }
 POLICIES: dict[str, type[Scheduler]] = {
     "demand": DemandScheduler,

@@ -1,4 +1,4 @@
-"""The bounds. Two know every choice to come, `clairvoyant-horizon` only those that the gates are asked for.
+"""The bounds. Two know every choice to come, the others only those that the gates are asked for.
 
 `clairvoyant` evicts the record whose next use is farthest (Belady) and fetches the next one that will be missed whenever the link has
 room, unless that would evict a record needed before it ("aggressive" prefetch; Cao, Felten, Karlin and Li, 1995).
@@ -97,8 +97,15 @@ class ClairvoyantHorizonScheduler(LookaheadScheduler):
         return super().routed(layer, experts, now, tokens)
 
     def predicted(self, prediction: Prediction, now: float = 0.0) -> list[Action]:
-        ahead = tuple((target, self._truth(target, probabilities)) for target, probabilities in prediction.ahead)
+        ahead = tuple(
+            (target, self._truth(target, given) if self._is_known(prediction, target) else given)
+            for target, given in prediction.ahead
+        )
         return super().predicted(replace(prediction, ahead=ahead, guess=None), now)
+
+    def _is_known(self, prediction: Prediction, target: int) -> bool:
+        """Whether the bound knows of the next call of `target` what this prediction is about."""
+        return True
 
     def _truth(self, target: int, probabilities: np.ndarray) -> np.ndarray:
         call = self._call + self.distance(target)
@@ -107,3 +114,13 @@ class ClairvoyantHorizonScheduler(LookaheadScheduler):
         truth = np.zeros(len(probabilities))
         truth[list(self._future[call][1])] = 1.0
         return truth
+
+
+class ClairvoyantDeterminedScheduler(ClairvoyantHorizonScheduler):
+    """`clairvoyant-determined`: the same, as far as it is determined when the gates are asked.
+
+    Of the next token's first layers that is nothing before the token is sampled: there the gates' own probabilities stay.
+    """
+
+    def _is_known(self, prediction: Prediction, target: int) -> bool:
+        return prediction.token or target > prediction.layer

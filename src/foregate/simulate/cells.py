@@ -13,7 +13,7 @@ from foregate.simulate.run import Outcome, run
 from foregate.simulate.workload import Workload
 
 CLAIRVOYANT = "clairvoyant"
-REFERENCES = ("lru", "mixtral-offloading", CLAIRVOYANT, "clairvoyant-horizon")
+REFERENCES = ("lru", "mixtral-offloading", CLAIRVOYANT, "clairvoyant-horizon", "clairvoyant-determined")
 VARIANTS = {CLAIRVOYANT: (CLAIRVOYANT, "clairvoyant-patient")}  # the bound is what the better one reaches
 
 
