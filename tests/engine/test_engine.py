@@ -65,6 +65,17 @@ def test_a_tokens_result_does_not_depend_on_its_batch(family: str, store: Folder
     model.foregate.close()
 
 
+@pytest.mark.parametrize("policy", ["lru", "lookahead", "mixtral-offloading"])
+def test_a_call_may_ask_for_gradients(demo_store: Path, policy: str) -> None:
+    """As in a notebook, without `torch.no_grad`: a prompt, then a token."""
+    model = foregate.load(demo_store, memory="25%", policy=policy, threads=1)
+    for ids in (torch.tensor([[5, 9, 77, 12]]), torch.tensor([[3]])):
+        logits = model(ids).logits
+        with torch.no_grad():
+            assert torch.equal(model(ids).logits, logits)
+    model.foregate.close()
+
+
 def test_every_policy_writes_the_same_text_on_a_trained_model(demo_store: Path) -> None:
     """The bounds know the future from a run that was recorded."""
     prompt, texts, future = torch.arange(50, 62)[None], {}, None

@@ -9,7 +9,9 @@ SHAPE = Shape((4, 4, 4), (1, 1, 1))
 FUTURE = [(0, (1,)), (1, (2,)), (2, (3,)), (0, (0,)), (1, (1,))]
 
 
-@pytest.mark.parametrize(("policy", "tokens_to_come"), [("clairvoyant-horizon", True), ("clairvoyant-determined", False)])
+@pytest.mark.parametrize(
+    ("policy", "tokens_to_come"), [("clairvoyant-horizon", True), ("clairvoyant-determined", False)]
+)
 def test_what_is_known_before_and_after_a_token_is_sampled(policy: str, tokens_to_come: bool) -> None:
     scheduler = make_scheduler(policy, 12, SHAPE, FUTURE)
 

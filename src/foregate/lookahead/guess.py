@@ -72,6 +72,6 @@ class NextRouter:
     def _watch(self, layer: int, router: Router) -> None:
         def note(module: torch.nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
             hidden = router_input(args, kwargs)
-            self._input[layer] = hidden.reshape(-1, hidden.shape[-1])[-1]
+            self._input[layer] = hidden.detach().reshape(-1, hidden.shape[-1])[-1]
 
         router.module.register_forward_hook(note, with_kwargs=True)

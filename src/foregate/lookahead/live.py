@@ -67,7 +67,7 @@ class LiveGates:
 
     def _watch(self, layer: int, router: Router) -> None:
         def note(module: torch.nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
-            self._noted[layer] = _rows(router_input(args, kwargs)), router.scores(output)
+            self._noted[layer] = _rows(router_input(args, kwargs)), router.scores(output).detach()
 
         router.module.register_forward_hook(note, with_kwargs=True)
 
@@ -80,5 +80,5 @@ class LiveGates:
 
 
 def _rows(hidden: torch.Tensor) -> torch.Tensor:
-    """[tokens, size] of [..., size]."""
-    return hidden if hidden.dim() == 2 else hidden.reshape(-1, hidden.shape[-1])
+    """[tokens, size] of [..., size], without the graph that a caller outside of `torch.no_grad` has asked for."""
+    return hidden.detach().reshape(-1, hidden.shape[-1])
