@@ -46,7 +46,7 @@ AIMS = {
     ("lookahead", "clairvoyant-horizon"): 0.9,
 }
 LINK_BYTES = 1 << 28  # of one pinned copy
-DRY_LINK, DRY_LATENCY = 1e9, 20e-6  # bytes/s and seconds of the simulated link
+DRY_LINK = 1e9  # bytes/s of the simulated link
 
 
 @dataclass(frozen=True)
@@ -347,7 +347,7 @@ def machine_facts(dry_run: bool) -> dict[str, Any]:
         "dry_run": dry_run,
     }
     if dry_run:
-        return {**facts, "card": "dry run", "link": {"bandwidth": DRY_LINK, "latency": DRY_LATENCY}}
+        return {**facts, "card": "dry run", "link_bandwidth": DRY_LINK}
     query = "name,driver_version,pcie.link.gen.current,pcie.link.width.current,clocks.max.sm,clocks.max.mem,power.limit"
     listed = subprocess.check_output(["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader"], text=True)
     values = dict(zip(query.split(","), map(str.strip, listed.splitlines()[0].split(",")), strict=True))

@@ -35,7 +35,8 @@ def test_a_sweep_of_all_policies(workload: Workload) -> None:
     ]  # fmt: skip
     for cell in cells:
         speeds = {result.policy: result.tokens_per_second for result in cell}
-        assert speeds["clairvoyant"] >= 0.99 * max(speeds.values())
+        known = {policy: speed for policy, speed in speeds.items() if policy != "clairvoyant-determined"}
+        assert max(known, key=lambda policy: known[policy]) == "clairvoyant"
         assert min(speeds, key=lambda policy: speeds[policy]) in ("demand", "mixtral-offloading-code")
         for result in cell:
             assert result.ratios == {name: result.tokens_per_second / speeds[name] for name in REFERENCES}

@@ -22,7 +22,8 @@ from foregate.engine import Engine, HostEngine
 from foregate.engine.device import DeviceEngine
 from foregate.errors import ForegateError, first_line
 from foregate.kernels import set_threads
-from foregate.memory.budget import divide, divide_host
+from foregate.memory.budget import Budget, HostBudget, divide, divide_host
+from foregate.memory.device import Device
 from foregate.memory.devices import open_device
 from foregate.memory.limits import host_memory as free_host_memory
 from foregate.memory.needs import Session, Tier, host_needs, needs
@@ -95,15 +96,13 @@ def load(
     if policy == AUTO:
         policy = LOOKAHEAD if (opened.path / GATES_FILE).is_file() else LRU
     wanted = Session(context, prompt, sequences).within(context_limit(architecture.model.config))
-    gates_size, free = gates_bytes(opened.path, policy), free_host_memory().free
+    gates_size = gates_bytes(opened.path, policy)
     if target is None:
-        budget = divide(str(memory), opened, needs(architecture, opened, wanted, gates=gates_size), free=free)
+        needed = needs(architecture, opened, wanted, gates=gates_size)
+        budget = divide(str(memory), opened, needed, free=free_host_memory().free)
     else:
-        tier = Tier.of(target)
-        records = divide_host(host_memory, opened, host_needs(architecture, tier, gates_size), least=readers, free=free)
-        needed = needs(architecture, opened, wanted, tier=tier)
-        budget = divide(str(memory), opened, needed, free=target.free_bytes + tier.context_bytes)
-        budget = replace(budget, host=records)
+        host = _divide_host(host_memory, opened, architecture, target, gates_size, readers)
+        budget = _divide_device(str(memory), opened, architecture, target, wanted, host)
     if gates is None and told_by(policy) == GATES:
         from foregate.lookahead.gates import LookaheadGates  # other policies need none of that in memory
 
@@ -114,7 +113,7 @@ def load(
     if target is None:
         engine = HostEngine(opened, budget, **settings)
     else:
-        engine = DeviceEngine.open(opened, budget, target, dtype=tier.dtype, **settings)
+        engine = DeviceEngine.open(opened, budget, target, dtype=Tier.of(target).dtype, **settings)
     try:
         model = _build_backbone(opened, architecture)
         _connect(model, opened, engine)
@@ -131,6 +130,23 @@ def load(
     return_unused_memory()  # what loading needed would otherwise stay with the process
     weakref.finalize(model, engine.close)
     return model
+
+
+def _divide_host(
+    memory: str | int | None, store: Store, architecture: Architecture, device: Device, gates: int, readers: int
+) -> HostBudget:
+    """The records that wait in host memory for a device."""
+    beside = host_needs(architecture, Tier.of(device), gates)
+    return divide_host(memory, store, beside, least=readers, free=free_host_memory().free)
+
+
+def _divide_device(
+    memory: str, store: Store, architecture: Architecture, device: Device, session: Session, host: HostBudget
+) -> Budget:
+    """A device's memory; what its driver took of it counts as this process's, and as free before."""
+    tier = Tier.of(device)
+    needed = needs(architecture, store, session, tier=tier)
+    return replace(divide(memory, store, needed, free=device.free_bytes + tier.context_bytes), host=host)
 
 
 def _follow(engine: Engine, model: PreTrainedModel, gates: "LookaheadGates | None") -> None:
