@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 from demo_training.corpus import BOS, EOS, Corpus
 from demo_training.sources import KINDS
 
-TRAINING_BYTES = 240_000  # of each kind
+TRAINING_BYTES = 1_000_000  # of each kind, or all there is
 
 
 def main() -> None:

@@ -59,7 +59,7 @@ class Run:
                 case Load(key=key):
                     self.loads += 1
                     actions += self.ask(self.scheduler.arrived, key, 0.01, now)
-                case Cancel(key=key):
+                case Cancel(key=key) if key in self.scheduler.in_flight():  # otherwise it came too late
                     actions += self.ask(self.scheduler.dropped, key, now)
 
 

@@ -146,9 +146,10 @@ def test_demand_overtakes_after_a_chunk_a_reader_and_the_prefetch_resumes(
 
 def test_hurry_makes_a_prefetch_a_demand_load(make_link: MakeLink, gate: Gate, chunks: int) -> None:
     link, listener = start_gated(gate, make_link, readers=1)
-    for slot, key in enumerate([(0, 0), (0, 1), (0, 2)]):
-        link.submit(Load(key, slot, demand=False))
+    link.submit(Load((0, 0), 0, demand=False))
     gate.wait_begun(1)
+    for slot, key in enumerate([(0, 1), (0, 2)], start=1):
+        link.submit(Load(key, slot, demand=False))
     link.submit(Load((1, 0), 3))
     link.hurry((0, 2))
     link.hurry((1, 0))  # is one already
@@ -156,9 +157,9 @@ def test_hurry_makes_a_prefetch_a_demand_load(make_link: MakeLink, gate: Gate, c
     gate.let_through()
     listener.wait(4)
     link.hurry((0, 0))  # finished
-    assert listener.keys == [(1, 0), (0, 2), (0, 0), (0, 1)]
+    assert listener.keys == [(1, 0), (0, 2), (0, 1), (0, 0)]
     assert [key for key, _ in gate.begun] == (
-        [(0, 0)] + [(1, 0)] * chunks + [(0, 2)] * chunks + [(0, 0)] * (chunks - 1) + [(0, 1)] * chunks
+        [(0, 0)] + [(1, 0)] * chunks + [(0, 2)] * chunks + [(0, 1)] * chunks + [(0, 0)] * (chunks - 1)
     )
 
 

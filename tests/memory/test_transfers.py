@@ -78,7 +78,7 @@ class Slow:
 
     def add(self, key: ExpertKey, demand: bool) -> None:
         self.clock += 1
-        self.loads[key] = (not demand, self.clock)
+        self.loads[key] = (not demand, self.clock if demand else -self.clock)
         self.left[key] = list(range(0, record_bytes(key), STEP))
 
     def hurry(self, key: ExpertKey) -> None:

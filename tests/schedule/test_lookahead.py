@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from world import EXPERTS, LAYERS, SHAPE, TOP_K, World, random_prediction
 
-from foregate.schedule import ExpertKey, Load, Prediction, Shape, make_scheduler
+from foregate.schedule import Cancel, ExpertKey, Load, Prediction, Shape, make_scheduler
 from foregate.schedule.estimates import (
     BLOCK,
     JUDGED,
@@ -283,7 +283,7 @@ def settle(scheduler, actions: list, now: float) -> None:
         action = actions.pop(0)
         if isinstance(action, Load):
             actions += scheduler.arrived(action.key, 0.001, now)
-        elif not hasattr(action, "slot") and type(action).__name__ == "Cancel":
+        elif isinstance(action, Cancel) and action.key in scheduler.in_flight():  # otherwise it came too late
             actions += scheduler.dropped(action.key, now)
 
 

@@ -1,8 +1,8 @@
 """Loads on their way over a link, cut into chunks: which chunk comes next. Bookkeeping alone, without threads or I/O.
 
-Demand loads come first, in the order in which they became one (by being submitted, or by `hurry`), then prefetches in
-the order of their submission. Urgency is looked at for every chunk: a prefetch that a demand load has overtaken goes
-on where it was.
+Demand loads come first, in the order in which they became one (by being submitted, or by `hurry`), then prefetches, the
+latest first: another one is only asked for while one is under way when it is more urgent. Urgency is looked at for every
+chunk: a prefetch that was overtaken goes on where it was.
 """
 
 from collections import deque
@@ -61,7 +61,7 @@ class TransferQueue:
         self._record_bytes, self._chunk_bytes = record_bytes, chunk_bytes
         self._under_way: dict[ExpertKey, Transfer] = {}
         self._demand: dict[ExpertKey, Transfer] = {}  # those with chunks waiting, most urgent first
-        self._prefetch: dict[ExpertKey, Transfer] = {}
+        self._prefetch: dict[ExpertKey, Transfer] = {}  # the latest is the most urgent
 
     def __contains__(self, key: ExpertKey) -> bool:
         """Whether the record is under way."""
@@ -92,10 +92,10 @@ class TransferQueue:
 
     def claim(self) -> Chunk | None:
         """The most urgent chunk, now running; None when there is nothing to start."""
-        for line in (self._demand, self._prefetch):
-            for key, transfer in line.items():
-                if chunk := transfer.claim():
-                    if not transfer.waiting:
+        for line, keys in ((self._demand, iter(self._demand)), (self._prefetch, reversed(self._prefetch))):
+            for key in keys:
+                if chunk := line[key].claim():
+                    if not line[key].waiting:
                         del line[key]
                     return chunk
         return None

@@ -34,7 +34,8 @@ LATER = 32  # experts computed on the host that are remembered, to be loaded whe
 class Load(NamedTuple):
     """Fill `slot` with the record `key`; answered by `arrived(key)`, or `dropped(key)` after a cancellation.
 
-    A demand load goes before all prefetches. `back`: a record that has to cross the link the other way first.
+    A demand load goes before all prefetches, a later prefetch before an earlier one. `back`: a record that has to cross
+    the link the other way first.
     """
 
     key: ExpertKey
@@ -136,7 +137,7 @@ class Scheduler(ABC):
         self._needed: set[ExpertKey] = set()  # routed and not yet computed: never evicted
         self._queue: deque[ExpertKey] = deque()  # routed, waiting for a slot
         self._unused: set[ExpertKey] = set()  # fetched ahead and not routed since
-        self._prefetch_began = 0.0  # the latest
+        self._latest_prefetch: tuple[ExpertKey | None, float] = None, 0.0  # and when it began
         self._computed_on_host: deque[ExpertKey] = deque(maxlen=LATER)  # the latest last
         self.prefetches = Prefetches()
         self.placement: Placement | None = None  # None: every expert is computed on the device
@@ -260,8 +261,12 @@ class Scheduler(ABC):
     def victim(self) -> ExpertKey | None:
         """The record to evict next, one for which `evictable` holds, or None to keep all for now."""
 
+    def may_prefetch(self) -> bool:
+        """Whether a prefetch may be chosen now: when the link is idle, with all that is known by then."""
+        return not self._loading
+
     def next_prefetch(self, now: float) -> ExpertKey | None:
-        """The record to fetch ahead next, or None. It is asked when the link has room; `prefetch_slot` finds a slot."""
+        """The record to fetch ahead next, or None. `prefetch_slot` finds a slot. It overtakes prefetches under way."""
         return None
 
     def load_for_later(self) -> ExpertKey | None:
@@ -294,7 +299,7 @@ class Scheduler(ABC):
     def _go_on(self, now: float) -> list[Action]:
         """Serve the demand queue; prefetch only when nothing waits in it."""
         actions = self._serve_queue() if self._queue else []
-        if self._queue or self._loading:  # a prefetch is chosen when the link is idle: with all that is known by then
+        if self._queue or not self.may_prefetch():
             return actions
         key = self.next_prefetch(now)
         slot = None if key is None else self.prefetch_slot(key)
@@ -302,7 +307,7 @@ class Scheduler(ABC):
             return actions
         self._slot_of[key], self._loading[key] = slot, False
         self._unused.add(key)
-        self._prefetch_began = now
+        self._latest_prefetch = key, now
         self.prefetches.started += 1
         return [*actions, Load(key, slot, demand=False)]
 
@@ -313,7 +318,7 @@ class Scheduler(ABC):
         load = self.placement.load_seconds
         left = {key: load for key in self.worth_loading(missed)}
         for key in left.keys() & (self._loading.keys() - self._dropping):
-            left[key] = max(load - (now - self._prefetch_began), 0.0)
+            left[key] = self.load_left(key, load, now)
         return self.placement.split(left, tokens * self.shape.top_k[keys[0][0]] / len(keys))
 
     def _serve_queue(self) -> list[Action]:
@@ -342,6 +347,11 @@ class Scheduler(ABC):
     def demand_load(self, key: ExpertKey, slot: int) -> Load:
         """The action that fetches `key`."""
         return Load(key, slot)
+
+    def load_left(self, key: ExpertKey, load_seconds: float, now: float) -> float:
+        """Seconds that the link will about work on a prefetch under way; of one that was overtaken it has done little."""
+        latest, began = self._latest_prefetch
+        return max(load_seconds - (now - began), 0.0) if key == latest else load_seconds
 
     def cancel(self, keys: Sequence[ExpertKey]) -> list[Action]:
         """Give up these prefetches."""

@@ -14,6 +14,7 @@ import numpy as np
 
 from foregate.schedule.base import GATES, Action, ExpertKey, Prediction, Scheduler, Shape
 from foregate.schedule.estimates import GIVE_UP, JUDGED, Calibration, Discount, Pace, ReuseEstimate, Worth
+from foregate.schedule.urgency import Need
 
 
 class LookaheadScheduler(Scheduler):
@@ -32,7 +33,7 @@ class LookaheadScheduler(Scheduler):
         self._leaving = np.zeros(size)  # the same for what may be evicted, infinity for what may not
         self._stale = True  # whether the latter two are out of date
         self._latest: tuple[_Aims, np.ndarray] | None = None  # the last prediction, as `skip`
-        self._candidates: list[ExpertKey] | None = []  # worth a prefetch, the next one last; None: to be found
+        self._candidates: list[ExpertKey] | None = []  # worth a prefetch, the most urgent last; None: to be found
         self._aims: dict[tuple[int, bool, bool], _Aims] = {}  # by the source of a prediction
         self._calibration = Calibration(_guess_kind(shape) + 1)
         # Layer whose next call is judged -> kind, what a prediction gave, what was expected without it.
@@ -121,12 +122,24 @@ class LookaheadScheduler(Scheduler):
         key = divmod(int(self._leaving.argmin()), self._leaving.shape[1])
         return key if self._leaving[key] < np.inf else None
 
+    def may_prefetch(self) -> bool:
+        """Beside the idle link: when there is news, and one prefetch under way that may be less urgent."""
+        if not self._loading:
+            return True
+        return self._candidates is None and len(self._loading) == 1 == len(self._prefetching())
+
     def next_prefetch(self, now: float) -> ExpertKey | None:
         if self._candidates is None:
             self._candidates = self._worth_fetching()
         while self._candidates and self._candidates[-1] in self._slot_of:
             self._candidates.pop()
-        return self._candidates[-1] if self._candidates else self.load_for_later()
+        if not self._candidates:
+            return None if self._loading else self.load_for_later()
+        best = self._candidates[-1]
+        need, load = self._need(best), self._pace.load_seconds
+        if all(need.goes_before(self._need(key, self.load_left(key, load, now))) for key in self._loading):
+            return best
+        return None
 
     def prefetch_slot(self, key: ExpertKey) -> int | None:
         if not self._free:
@@ -146,15 +159,20 @@ class LookaheadScheduler(Scheduler):
         return sorted(keys, key=self._value.__getitem__, reverse=True)
 
     def _worth_fetching(self) -> list[ExpertKey]:
-        """What gates expect, is absent and worth a load; what is worth most comes last."""
+        """What gates expect, is absent and worth a load; what is most urgent comes last, of equals the likelier one."""
         aims, skip = self._latest
         probable = (skip <= aims.most).nonzero()[0].tolist()
         found = [key for key in map(aims.keys.__getitem__, probable) if key not in self._slot_of]
         if len(found) > 1:
-            if self._stale:
-                self._refresh()
-            found.sort(key=self._value.__getitem__)
+            load = self._pace.load_seconds
+            needs = {key: self._need(key) for key in found}
+            found.sort(key=lambda key: (needs[key].delayed(load), needs[key].chance, -needs[key].due))
         return found
+
+    def _need(self, key: ExpertKey, left: float | None = None) -> Need:
+        """left: seconds of the link's work, if some of it is done. The layer at work is taken to be half through."""
+        due = (self.distance(key[0]) - 0.5) * self._pace.layer_seconds
+        return Need(1.0 - self._skip[key], self._pace.load_seconds if left is None else left, due)
 
     def _give_up_wrong(self, layer: int, chosen: list[int]) -> list[Action]:
         """Cancel prefetches for this very call that it does not use."""

@@ -40,7 +40,7 @@ class VirtualLink:
         self._machine, self._tell = machine, ended
         self._under_way: dict[ExpertKey, Transfer] = {}
         self._demand: dict[ExpertKey, Transfer] = {}  # those with something unclaimed, most urgent first
-        self._prefetch: dict[ExpertKey, Transfer] = {}
+        self._prefetch: dict[ExpertKey, Transfer] = {}  # the latest is the most urgent
         self._claimed: deque[Chunk] = deque()
         self._ended: deque[Transfer] = deque()  # not told yet
         self._free_at = 0.0  # when all that is claimed is through
@@ -112,7 +112,8 @@ class VirtualLink:
         """Every idle reader takes the next chunk of the most urgent load."""
         while len(self._claimed) < self._machine.readers and (self._demand or self._prefetch):
             line = self._demand or self._prefetch
-            key, transfer = next(iter(line.items()))
+            key = next(iter(line) if self._demand else reversed(line))
+            transfer = line[key]
             seconds = self._next_chunk(transfer)
             if not transfer.unclaimed:
                 del line[key]
