@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
@@ -15,6 +15,7 @@ from foregate.config import SimulateConfig
 if TYPE_CHECKING:
     from foregate.lookahead.gates import LookaheadGates
     from foregate.lookahead.trace import Trace
+    from foregate.schedule import Shape
     from foregate.simulate import Machine
 
 NAME = "simulate"
@@ -80,7 +81,6 @@ def run(
     from foregate.lookahead.trace import Trace
     from foregate.report import check_report_path, deliver
     from foregate.simulate.cells import simulate_cells
-    from foregate.simulate.presets import preset
     from foregate.simulate.workload import Workload
 
     if report:
@@ -93,10 +93,8 @@ def run(
         raise ForegateError(f"--warm-up {warm_up}: fewer than the {count} tokens that are simulated")
     workload = Workload(opened, _find_gates(gates, opened), slice(0, count))
     links = parse_bandwidths(link_bandwidth, "--link-bandwidth") if link_bandwidth else []
-    chosen = preset(machine) if machine else None
-    if chosen and record_bytes:
-        raise ForegateError("--record-bytes and --machine both name the size of an expert: leave one out")
-    base = chosen.machine(workload.shape) if chosen else _plain_machine(record_bytes, gates, links)
+    projected = _projected(machine, workload.shape, record_bytes)
+    base = projected.machine if projected else _plain_machine(record_bytes, gates, links)
     times = {
         "link_latency": (link_latency, "--link-latency"),
         "layer_seconds": (layer_time, "--layer-time"),
@@ -105,18 +103,14 @@ def run(
         "gate_seconds": (gate_time, "--gate-time"),
     }
     base = replace(base, **{name: parse_seconds(*given) for name, given in times.items() if given[0] is not None})
-    note = chosen.describe(workload.shape) if chosen else ""
+    note = projected.note if projected else ""
     if note and not as_json:
         print(note)
+    policies, sizes = split_list(policy, "--policy"), split_list(memory, "--memory")
+    scale = projected.time_scale if projected else 1.0
     rows = []
     for cell in simulate_cells(
-        workload,
-        split_list(policy, "--policy"),
-        split_list(memory, "--memory"),
-        links or [base.link_bandwidth],
-        base,
-        warm_up=warm_up,
-        time_scale=chosen.time_scale(workload.shape) if chosen else 1.0,
+        workload, policies, sizes, links or [base.link_bandwidth], base, warm_up=warm_up, time_scale=scale
     ):
         if not as_json:
             print_simulated(cell)
@@ -137,6 +131,26 @@ def _find_gates(text: str, trace: Trace) -> LookaheadGates:
         return untrained_of_trace(trace, AlignConfig.horizon)
     path = Path(text)
     return LookaheadGates.load(path / GATES_FILE if path.is_dir() else path, trace.layers)
+
+
+class _Projected(NamedTuple):
+    """A machine that is not here, as far as a trace's model can stand for the one it runs."""
+
+    machine: Machine
+    time_scale: float
+    note: str
+
+
+def _projected(name: str | None, shape: Shape, record_bytes: str | None) -> _Projected | None:
+    from foregate import ForegateError
+    from foregate.simulate.presets import preset
+
+    if name is None:
+        return None
+    chosen = preset(name)
+    if record_bytes:
+        raise ForegateError("--record-bytes and --machine both name the size of an expert: leave one out")
+    return _Projected(chosen.machine(shape), chosen.time_scale(shape), chosen.describe(shape))
 
 
 def _plain_machine(record_bytes: str | None, gates: str, links: list[float]) -> Machine:
