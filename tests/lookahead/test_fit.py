@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from foregate.lookahead.fit import logistic_fit, training_loss
-from foregate.lookahead.gate import LookaheadGate
+from foregate.lookahead.gate import LookaheadGate, Target
 from foregate.lookahead.metrics import calibration_bins, expected_calibration_error
 from foregate.lookahead.teacher import Teacher
 
@@ -44,20 +44,38 @@ def test_any_choice_is_taught_and_the_rest_of_the_scores_kept() -> None:
     assert torch.equal(taught[7], scores[7] + teacher.offset)
 
 
+def test_what_follows_an_open_token_is_ranked_by_how_often_it_is_chosen() -> None:
+    """Expert 0 is chosen narrowly most of the time, expert 1 by far now and then: the mean of the scores would take 1."""
+    seldom = torch.arange(10)[:, None] < 4
+    wanted = torch.where(seldom, torch.tensor([0.0, 10.0, 0.0]), torch.tensor([1.0, 0.0, 0.0]))
+    chosen, gate = wanted.topk(1).indices, LookaheadGate(3, (3,), (1,), 0)
+    best = {}
+    for next_token in (False, True):
+        logits = torch.zeros(3, requires_grad=True)
+        optimizer = torch.optim.Adam([logits], 0.1)
+        for _ in range(300):
+            optimizer.zero_grad()
+            training_loss(logits.expand(10, 3), wanted, [chosen], [Target(1, next_token)], gate).backward()
+            optimizer.step()
+        best[next_token] = int(logits.argmax())
+    assert best == {False: 1, True: 0}
+
+
 def test_a_hard_target_takes_nothing_from_an_easy_one() -> None:
     torch.manual_seed(0)
+    targets, chosen = [Target(1, False), Target(2, False)], [torch.zeros(64, 2, dtype=torch.int64)] * 2
     gate, wanted, error = LookaheadGate(3, (8, 8), (2, 2), 0), torch.randn(64, 16), torch.randn(64, 16)
     gradients = []
     for far_error in (1.0, 100.0):
         logits = wanted + error * torch.tensor([0.1, far_error]).repeat_interleave(8)
         logits.requires_grad_(True)
-        training_loss(logits, wanted, gate).backward()
+        training_loss(logits, wanted, chosen, targets, gate).backward()
         gradients.append([float(part.norm()) for part in gate.split(logits.grad)])
     (near, far), (near_beside_harder, far_when_harder) = gradients
     assert near_beside_harder == pytest.approx(near, rel=1e-5)
     assert near > 5 * far > 50 * far_when_harder
     exact = wanted.clone().requires_grad_(True)
-    training_loss(exact, wanted, gate).backward()
+    training_loss(exact, wanted, chosen, targets, gate).backward()
     assert exact.grad.isfinite().all()
 
 

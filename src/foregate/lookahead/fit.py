@@ -1,13 +1,15 @@
 """Fitting the gate of one source to a trace: a closed-form start, then training towards the routers' scores.
 
 What is learned: for each target a factor for every value of the source (folded into the routers' own weights at the
-end), a bias, and the MLP. The loss is the squared distance to the scores by which the target layers chose, which counts
-most for the experts near the boundary of the choice: an error there decides whether an expert is taken. Its logarithm is
-summed over the targets: else far targets, of which less can be known, would take the shared MLP from the near ones.
+end), a bias, and the MLP. Within the token, the loss is the squared distance to the scores by which the target layers
+chose, which counts most for the experts near the boundary of the choice: an error there decides whether an expert is
+taken. Of the next token it is the cross-entropy of the choice: which token follows is open, and the likeliest experts are
+not those of the mean of the scores. Its logarithm is summed over the targets: else far targets, of which less can be
+known, would take the shared MLP from the near ones.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +18,7 @@ from torch.nn import functional
 
 from foregate.config import AlignConfig
 from foregate.errors import ForegateError
-from foregate.lookahead.gate import LookaheadGate, boundary
+from foregate.lookahead.gate import LookaheadGate, Target, boundary
 from foregate.lookahead.metrics import calibration_bins, chosen_mask, expected_calibration_error
 from foregate.lookahead.samples import SourceSamples, hits
 from foregate.lookahead.teacher import Teacher
@@ -222,8 +224,9 @@ def _train(
         for step in range(steps):
             rows = order[step * batch : (step + 1) * batch]
             wanted = _teach(samples, teachers, rows, device)
+            chosen = [part.to(device) for part in samples.chosen(rows)]
             logits = model(samples.source(rows).to(device), samples.recent(rows).to(device))
-            loss = training_loss(logits, wanted, model.untrained)
+            loss = training_loss(logits, wanted, chosen, samples.targets, model.untrained)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -231,18 +234,34 @@ def _train(
         yield epoch
 
 
-def training_loss(logits: torch.Tensor, wanted: torch.Tensor, gate: LookaheadGate) -> torch.Tensor:
-    """The mean over targets of the logarithm of the squared distance, weighted: most at the boundary of the choice.
+def training_loss(
+    logits: torch.Tensor,
+    wanted: torch.Tensor,
+    chosen: Sequence[torch.Tensor],
+    targets: Sequence[Target],
+    gate: LookaheadGate,
+) -> torch.Tensor:
+    """The mean over targets of the logarithm of the distance to the scores, or beyond the token to the choice.
 
-    logits and wanted: float32 [rows, outputs], the targets side by side as in the gate.
+    logits and wanted: float32 [rows, outputs], the targets side by side as in the gate; chosen: int64 [rows, k] of each.
     """
     loss = logits.new_zeros(())
-    for found, teacher, k in zip(gate.split(logits), gate.split(wanted), gate.top_k, strict=True):
-        spread = teacher.std(dim=1, keepdim=True, correction=0).clamp_min(torch.finfo(torch.float32).tiny)
-        weights = torch.exp(-FALL_OFF * (teacher - boundary(teacher, k)).abs() / spread) + FAR_WEIGHT
-        distance = (weights * (found - teacher).square()).sum() / weights.sum()
+    parts = zip(targets, gate.split(logits), gate.split(wanted), chosen, gate.top_k, strict=True)
+    for target, found, teacher, experts, k in parts:
+        if target.next_token:
+            mask = chosen_mask(experts, found.shape[1]).to(found.dtype)
+            distance = functional.binary_cross_entropy_with_logits(found, mask)
+        else:
+            distance = _score_distance(found, teacher, k)
         loss = loss + (distance + LEAST_DISTANCE).log()
     return loss / len(gate.sizes)
+
+
+def _score_distance(found: torch.Tensor, teacher: torch.Tensor, k: int) -> torch.Tensor:
+    """Mean squared distance, weighted: most at the boundary of the choice. float32 [rows, experts] both."""
+    spread = teacher.std(dim=1, keepdim=True, correction=0).clamp_min(torch.finfo(torch.float32).tiny)
+    weights = torch.exp(-FALL_OFF * (teacher - boundary(teacher, k)).abs() / spread) + FAR_WEIGHT
+    return (weights * (found - teacher).square()).sum() / weights.sum()
 
 
 def _mixed(samples: SourceSamples, generator: torch.Generator) -> torch.Tensor:

@@ -158,9 +158,8 @@ class LookaheadGates:
         try:
             with safe_open(path, framework="pt") as file:
                 header = GatesHeader.from_json(file.metadata()["foregate"])
-                state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            header.check_matches(layers, path)
-            gates = [_restored(header, source, state) for source in range(len(header.layers) + 1)]
+                header.check_matches(layers, path)
+                gates = [_restored(header, source, file) for source in range(len(header.layers) + 1)]
         except (OSError, SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:
             raise ForegateError(
                 f"{path} is damaged ({first_line(error)}): train the gates again with foregate align {path.parent}"
@@ -168,10 +167,11 @@ class LookaheadGates:
         return cls(header, gates)
 
 
-def _restored(header: GatesHeader, source: int, state: dict[str, torch.Tensor]) -> LookaheadGate:
-    """Raises RuntimeError when a tensor is missing or has another shape."""
+def _restored(header: GatesHeader, source: int, file: Any) -> LookaheadGate:
+    """file: as `safe_open` gives it. Raises RuntimeError when a tensor is missing or has another shape."""
     gate, prefix = header.new_gate(source), header.source_name(source) + "."
-    gate.load_state_dict({name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)})
+    names = [name for name in file.keys() if name.startswith(prefix)]  # noqa: SIM118
+    gate.load_state_dict({name.removeprefix(prefix): file.get_tensor(name) for name in names})
     return gate.requires_grad_(False)
 
 
