@@ -1,11 +1,12 @@
 """What the link brings first: the order in which compute is expected to wait less."""
 
 import numpy as np
+import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from world import EXPERTS, LAYERS, SHAPE, World
 
-from foregate.schedule import Prediction, make_scheduler
+from foregate.schedule import Costs, ExpertKey, Placement, Prediction, make_scheduler
 from foregate.schedule.urgency import Need
 
 SECONDS = st.floats(0, 100)
@@ -35,38 +36,132 @@ def test_what_can_wait_stands_behind_what_cannot() -> None:
     assert Need(chance=1.0, left=2.0, due=2.5).goes_before(near)
 
 
-def started(load_seconds: float, *predictions: dict[tuple[int, int], float]) -> list[tuple[tuple[int, int], bool]]:
-    """What is loaded, and whether for demand, when layer 0 runs and the gates say one thing after the other.
+LOAD = 0.015  # seconds; a layer takes 0.01
 
-    All slots are full, loads are known to take so long and layers 0.01 s. predictions: {(layer, expert): chance}.
-    """
-    world = World(make_scheduler("lookahead", 2 * LAYERS, SHAPE))
-    for step in range(3 * LAYERS):
-        world.run_layer(step % LAYERS, {0, 1}, lambda count: 0)
-        while world.in_flight:
-            key = next(iter(world.in_flight))
-            world.slots[world.in_flight.pop(key).slot] = key
-            world.start(world.scheduler.arrived(key, load_seconds, world.now))
-    before = len(world.loads)
-    world.run_layer(0, {0, 1}, lambda count: 0)
-    for chances in predictions:
-        ahead = {layer: np.zeros(EXPERTS) for layer in (1, 2)}
+
+class Timed(World):
+    """Full slots, loads that are known to take so long, and layer 0 just done."""
+
+    def __init__(self, slots: int = 2 * LAYERS, used: tuple[int, ...] = (0, 1), load: float = LOAD) -> None:
+        super().__init__(make_scheduler("lookahead", slots, SHAPE))
+        self.load_seconds = load
+        for step in range(3 * LAYERS):
+            self.run_layer(step % LAYERS, used, lambda count: 0)
+            while self.in_flight:
+                self.arrive(next(iter(self.in_flight)), after=0.0)
+        self.run_layer(0, used, lambda count: 0)
+
+    def say(self, chances: dict[ExpertKey, float], layers: tuple[int, ...] = (1, 2)) -> None:
+        """What the gates of layer 0 expect of each expert."""
+        ahead = {layer: np.zeros(EXPERTS) for layer in layers}
         for (layer, expert), chance in chances.items():
             ahead[layer][expert] = chance
-        world.start(world.scheduler.predicted(Prediction(0, tuple(ahead.items())), world.now))
-    return [(load.key, load.demand) for load in world.loads[before:]]
+        self.start(self.scheduler.predicted(Prediction(0, tuple(ahead.items())), self.now))
+
+    def repeat(self, tokens: int) -> None:
+        """Use the same experts for so long."""
+        for step in range(tokens * LAYERS):
+            self.run_layer(step % LAYERS, {0, 1}, lambda count: 0)
+        self.run_layer(0, {0, 1}, lambda count: 0)
+
+    def route(self, layer: int, *experts: int) -> None:
+        self.waiting = {(layer, expert) for expert in experts}
+        self.start(self.scheduler.routed(layer, experts, self.now))
+
+    def arrive(self, key: ExpertKey, after: float = LOAD) -> None:
+        self.now += after
+        self.slots[self.in_flight.pop(key).slot] = key
+        self.start(self.scheduler.arrived(key, self.load_seconds, self.now))
+
+    def drop(self, key: ExpertKey) -> None:
+        self.in_flight.pop(key)
+        self.cancelled.remove(key)
+        self.start(self.scheduler.dropped(key, self.now))
+
+    def left(self, key: ExpertKey) -> float:
+        return self.scheduler.load_left(key, LOAD, self.now)
 
 
 def test_a_more_urgent_prefetch_overtakes_the_one_under_way() -> None:
-    news = {(1, 3): 1.0, (2, 4): 0.6}
-    assert started(0.015, {(2, 4): 0.6}, news) == [((2, 4), False), ((1, 3), False)]
+    world = Timed()
+    world.say({(2, 4): 0.6})
+    world.say({(2, 4): 0.6, (1, 3): 1.0})
+    assert list(world.in_flight) == [(2, 4), (1, 3)]
 
 
 def test_a_less_urgent_one_waits_until_the_link_is_idle() -> None:
-    news = {(1, 3): 0.5, (2, 4): 1.0}
-    assert started(0.015, {(2, 4): 1.0}, news) == [((2, 4), False)]
+    world = Timed()
+    world.say({(2, 4): 1.0})
+    world.say({(2, 4): 1.0, (1, 3): 0.5})
+    assert list(world.in_flight) == [(2, 4)]
 
 
 def test_two_prefetches_are_under_way_at_most() -> None:
-    first, second, third = {(2, 4): 0.6}, {(2, 4): 0.6, (1, 3): 0.9}, {(2, 4): 0.6, (1, 3): 0.9, (1, 5): 1.0}
-    assert len(started(0.015, first, second, third)) == 2
+    world = Timed()
+    world.say({(2, 4): 0.6})
+    world.say({(2, 4): 0.6, (1, 3): 0.9})
+    world.say({(2, 4): 0.6, (1, 3): 0.9, (1, 5): 1.0})
+    assert len(world.in_flight) == 2
+
+
+def test_what_is_left_of_a_load_leaves_out_what_the_link_did_for_others() -> None:
+    world = Timed(2 * LAYERS + 3)
+    world.say({(2, 4): 0.6})
+    world.now += 0.001
+    world.route(1, 2, 3)  # both are missed and go before it
+    world.arrive((1, 2))
+    world.arrive((1, 3))
+    assert world.left((2, 4)) == pytest.approx(LOAD - 0.001)
+    world.now += 0.004
+    assert world.left((2, 4)) == pytest.approx(LOAD - 0.005)
+
+
+def test_an_overtaken_load_stands_still_and_goes_on_where_it_was() -> None:
+    world = Timed(2 * LAYERS + 3)
+    world.say({(2, 4): 0.6})
+    world.now += 0.002
+    world.say({(2, 4): 0.6, (1, 3): 1.0})
+    world.now += 0.003
+    assert world.left((2, 4)) == pytest.approx(LOAD - 0.002)
+    assert world.left((1, 3)) == pytest.approx(LOAD - 0.003)
+    world.arrive((1, 3), after=LOAD - 0.003)
+    world.now += 0.001
+    assert world.left((2, 4)) == pytest.approx(LOAD - 0.003)
+
+
+def test_one_that_is_not_worth_a_slot_does_not_hold_up_the_others() -> None:
+    world = Timed(load=0.01)
+    world.repeat(40)  # until what is used all the time is worth much
+    world.say({(1, 3): 0.6, (2, 4): 1.0, (1, 0): 1.0, (1, 1): 1.0, (2, 0): 0.0, (2, 1): 1.0})
+    assert list(world.in_flight) == [(2, 4)]
+
+
+def test_nothing_is_fetched_for_a_layer_that_has_run() -> None:
+    world = Timed(2 * LAYERS + 1)
+    world.say({(2, 4): 0.9})
+    world.say({(1, 3): 0.9})
+    assert world.cancelled == {(2, 4)}
+    world.route(1, 0, 1)
+    world.drop((2, 4))
+    assert not world.in_flight
+
+
+def test_what_the_host_computed_is_not_given_up_for_gates_that_do_not_speak_of_it() -> None:
+    world = Timed(2 * LAYERS + 1, load=0.1)  # so long that a prefetch must be likely
+    world.repeat(200)  # until what is not used is not expected
+    world.scheduler.placement = Placement(Costs(0.1, 0.0, 0.0001, 0.0), lambda key: True)
+    world.route(0, 3)
+    assert world.on_host == [(0, 3)]
+    assert list(world.in_flight) == [(0, 3)]  # for later
+    world.say({(1, 0): 1.0})
+    assert not world.cancelled
+
+
+def test_when_slots_are_short_the_less_urgent_prefetch_is_given_up() -> None:
+    world = Timed(4, used=(0,))
+    world.say({(0, 5): 0.6}, layers=(1, 2, 0))
+    world.now += 0.0001
+    world.say({(0, 5): 0.6, (2, 4): 1.0}, layers=(1, 2, 0))
+    assert list(world.in_flight) == [(0, 5), (2, 4)]
+    world.route(1, 0, 1, 2)
+    assert world.cancelled == {(0, 5)}

@@ -14,6 +14,8 @@ Choose = Callable[[int], int]  # a number below the one given
 class World:
     """Slots with bytes in them, loads in flight, and the rules of the contract checked at every step."""
 
+    load_seconds = 0.01  # of the link, for every record
+
     def __init__(self, scheduler: Scheduler) -> None:
         self.scheduler = scheduler
         self.slots: dict[int, ExpertKey] = {}  # what the bytes in each slot are
@@ -61,7 +63,7 @@ class World:
             return
         self.cancelled.discard(key)
         self.slots[load.slot] = key
-        self.start(self.scheduler.arrived(key, 0.01, self.now))
+        self.start(self.scheduler.arrived(key, self.load_seconds, self.now))
 
     def run_layer(
         self, layer: int, experts: Iterable[int], choose: Choose, prediction: Prediction | None = None

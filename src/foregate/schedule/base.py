@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 ExpertKey = tuple[int, int]  # (MoE layer, expert)
 GATES, NEXT_ROUTER = "gates", "next router"  # what can predict for a policy
 
-LATER = 32  # experts computed on the host that are remembered, to be loaded when the link is idle
+REMEMBERED = 32  # experts computed on the host at most, to be loaded when the link is idle
 
 
 class Load(NamedTuple):
@@ -137,8 +137,9 @@ class Scheduler(ABC):
         self._needed: set[ExpertKey] = set()  # routed and not yet computed: never evicted
         self._queue: deque[ExpertKey] = deque()  # routed, waiting for a slot
         self._unused: set[ExpertKey] = set()  # fetched ahead and not routed since
-        self._latest_prefetch: tuple[ExpertKey | None, float] = None, 0.0  # and when it began
-        self._computed_on_host: deque[ExpertKey] = deque(maxlen=LATER)  # the latest last
+        # Prefetches under way -> when they began, put off by what the link has since done for others.
+        self._began: dict[ExpertKey, float] = {}
+        self._computed_on_host: deque[ExpertKey] = deque(maxlen=REMEMBERED)  # the latest last
         self.prefetches = Prefetches()
         self.placement: Placement | None = None  # None: every expert is computed on the device
 
@@ -181,6 +182,7 @@ class Scheduler(ABC):
         if self.placement is not None:
             self.placement.loaded(seconds)
         del self._loading[key]
+        self._put_off(key, seconds)
         if key in self._dropping:  # the cancellation came too late
             self._dropping.remove(key)
             if key in self._queue:
@@ -192,6 +194,7 @@ class Scheduler(ABC):
     def dropped(self, key: ExpertKey, now: float = 0.0) -> list[Action]:
         """The cancelled load of `key` has ended."""
         del self._loading[key]
+        self._began.pop(key, None)
         self._dropping.remove(key)
         self._release(key)
         return self._go_on(now)
@@ -307,7 +310,7 @@ class Scheduler(ABC):
             return actions
         self._slot_of[key], self._loading[key] = slot, False
         self._unused.add(key)
-        self._latest_prefetch = key, now
+        self._began[key] = now
         self.prefetches.started += 1
         return [*actions, Load(key, slot, demand=False)]
 
@@ -349,9 +352,18 @@ class Scheduler(ABC):
         return Load(key, slot)
 
     def load_left(self, key: ExpertKey, load_seconds: float, now: float) -> float:
-        """Seconds that the link will about work on a prefetch under way; of one that was overtaken it has done little."""
-        latest, began = self._latest_prefetch
-        return max(load_seconds - (now - began), 0.0) if key == latest else load_seconds
+        """Seconds that the link will about work on a prefetch under way. It stands still while a later one is under way."""
+        began = self._began[key]
+        until = min((later for later in self._began.values() if later > began), default=now)
+        return min(max(load_seconds - (until - began), 0.0), load_seconds)
+
+    def _put_off(self, key: ExpertKey, seconds: float) -> None:
+        """The load of `key` went before the prefetches that began earlier."""
+        for earlier in self._began:
+            if earlier == key:
+                break
+            self._began[earlier] += seconds
+        self._began.pop(key, None)
 
     def cancel(self, keys: Sequence[ExpertKey]) -> list[Action]:
         """Give up these prefetches."""
@@ -359,10 +371,10 @@ class Scheduler(ABC):
         return [Cancel(key) for key in keys]
 
     def _make_room(self) -> list[Action]:
-        """Cancel as many prefetches as demand loads wait."""
+        """Cancel as many prefetches as demand loads wait, the least urgent first."""
         missing = len(self._queue) - len(self._dropping)
         prefetches = [key for key, demand in self._loading.items() if not demand and key not in self._dropping]
-        return self.cancel(prefetches[::-1][: max(missing, 0)])
+        return self.cancel(prefetches[: max(missing, 0)])
 
     def _evict(self, key: ExpertKey) -> None:
         if not self.evictable(key):

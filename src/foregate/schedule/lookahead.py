@@ -3,8 +3,8 @@
 A record is worth the chance that it is used, a use counting the less the later it comes. The probability of a use in its
 layer's next call comes from the gates where they have spoken, the rest from the reuse heads or from decayed frequency,
 whichever has been right more often. The record that is worth least leaves first; of the absent ones that gates expect the
-one that is worth most is fetched when the link has room, if that is expected to save time and nothing that is worth more
-has to go for it. docs/scheduling.md derives the rules and justifies the constants.
+most urgent is fetched when the link has room, if that is expected to save time and nothing that is worth more has to go
+for it. docs/scheduling.md derives the rules and justifies the constants.
 """
 
 from collections.abc import Collection, Iterable
@@ -33,6 +33,7 @@ class LookaheadScheduler(Scheduler):
         self._leaving = np.zeros(size)  # the same for what may be evicted, infinity for what may not
         self._stale = True  # whether the latter two are out of date
         self._latest: tuple[_Aims, np.ndarray] | None = None  # the last prediction, as `skip`
+        self._heard = 0  # the call after which it came
         self._candidates: list[ExpertKey] | None = []  # worth a prefetch, the most urgent last; None: to be found
         self._aims: dict[tuple[int, bool, bool], _Aims] = {}  # by the source of a prediction
         self._calibration = Calibration(_guess_kind(shape) + 1)
@@ -131,15 +132,24 @@ class LookaheadScheduler(Scheduler):
     def next_prefetch(self, now: float) -> ExpertKey | None:
         if self._candidates is None:
             self._candidates = self._worth_fetching()
-        while self._candidates and self._candidates[-1] in self._slot_of:
-            self._candidates.pop()
-        if not self._candidates:
-            return None if self._loading else self.load_for_later()
-        best = self._candidates[-1]
-        need, load = self._need(best), self._pace.load_seconds
-        if all(need.goes_before(self._need(key, self.load_left(key, load, now))) for key in self._loading):
-            return best
+        best = self._most_urgent() if self._candidates else None
+        if not self._loading:
+            return self.load_for_later() if best is None else best
+        if best is not None:
+            load = self._pace.load_seconds
+            under_way = next(iter(self._loading))
+            if self._need(best).goes_before(self._need(under_way, self.load_left(under_way, load, now))):
+                return best
         return None
+
+    def _most_urgent(self) -> ExpertKey | None:
+        """Of the candidates, those left out that are worth less than what would have to go."""
+        least = -np.inf
+        if not self._free:
+            victim = self.victim()
+            least = np.inf if victim is None else self._value[victim]
+        absent = (key for key in reversed(self._candidates) if key not in self._slot_of)
+        return next((key for key in absent if self._value[key] > least), None)
 
     def prefetch_slot(self, key: ExpertKey) -> int | None:
         if not self._free:
@@ -161,7 +171,10 @@ class LookaheadScheduler(Scheduler):
     def _worth_fetching(self) -> list[ExpertKey]:
         """What gates expect, is absent and worth a load; what is most urgent comes last, of equals the likelier one."""
         aims, skip = self._latest
-        probable = (skip <= aims.most).nonzero()[0].tolist()
+        probable = skip <= aims.most
+        if passed := self._calls - self._heard:
+            probable &= aims.distances > passed
+        probable = probable.nonzero()[0].tolist()
         found = [key for key in map(aims.keys.__getitem__, probable) if key not in self._slot_of]
         if len(found) > 1:
             load = self._pace.load_seconds
@@ -179,10 +192,11 @@ class LookaheadScheduler(Scheduler):
         return self.cancel([key for key in self._prefetching() if key[0] == layer and key[1] not in chosen])
 
     def _give_up_unlikely(self) -> list[Action]:
-        """Cancel prefetches that gates have become doubtful of."""
+        """Cancel prefetches that the gates, just heard, have become doubtful of."""
         stale = []
         for key in self._prefetching():
-            if 1.0 - self._skip[key] < GIVE_UP * self._least[self.distance(key[0])]:
+            spoken_of = key[0] in self._latest[0].layers
+            if spoken_of and 1.0 - self._skip[key] < GIVE_UP * self._least[self.distance(key[0])]:
                 stale.append(key)
         return self.cancel(stale)
 
@@ -221,7 +235,7 @@ class LookaheadScheduler(Scheduler):
         skip -= (given + skip - 1.0) * self._calibration.share[aims.kinds]
         np.maximum(skip, 0.0, out=skip)  # timid gates may be taken for more than certain
         self._skip.ravel()[aims.places] = skip
-        self._latest = aims, skip
+        self._latest, self._heard = (aims, skip), self._calls
 
     def _note_for_judging(self, prediction: Prediction, guess: np.ndarray | None) -> None:
         """Keep what is said of those of the coming calls that are judged."""
@@ -275,6 +289,7 @@ class _Aims:
         kinds = [_kind(prediction, place, shape) for place in range(len(targets))]
         if by_guess:
             kinds[0] = _guess_kind(shape)
+        self.layers = frozenset(targets)
         self.kinds = np.repeat(kinds, sizes)
         self.distances = np.repeat([(target - prediction.layer - 1) % layers + 1 for target in targets], sizes)
         self.keys = [(target, expert) for target, size in zip(targets, sizes, strict=True) for expert in range(size)]

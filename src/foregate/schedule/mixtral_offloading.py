@@ -103,8 +103,6 @@ class MixtralOffloadingScheduler(MixtralOffloadingCodeScheduler):
         return self._go_on(now)
 
     def next_prefetch(self, now: float) -> ExpertKey | None:
-        if any(self._loading.values()):
-            return None  # this layer's loads first
         while self._guesses and self._guesses[0] in self._slot_of:
             self._guesses.pop(0)
         return self._guesses.pop(0) if self._guesses else None
