@@ -1,9 +1,12 @@
 """docs/report.md names every field of a report, and what it shows can be drawn from the reports it names."""
 
+import json
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 from foregate.config import ReportConfig
 from foregate.report import REPORT_VERSION
@@ -37,3 +40,23 @@ def test_the_reports_that_the_page_shows_can_be_read() -> None:
         report = read_report(ROOT / path)
         assert report.new_tokens == 128
         assert report.timeline is not None
+
+
+@pytest.mark.parametrize(("name", "policy"), [("auto", "lookahead"), ("lru", "lru")])
+def test_the_reports_that_the_page_shows_have_the_fields_of_one_made_today(
+    run: Callable[[str], Any], name: str, policy: str
+) -> None:
+    shown = json.loads((ROOT / f"benchmarks/results/report-{name}.json").read_text())
+    today = run(policy).report | {"settings": shown["settings"]}  # they are as given
+    assert set(paths(shown)) == set(paths(today))
+
+
+def paths(value: Any, path: str = "") -> Iterator[str]:
+    """Every field of a report, with those it lies in: memory.planned.slots, by_layer[].hits."""
+    if isinstance(value, dict):
+        for name, inner in value.items():
+            yield f"{path}.{name}"
+            yield from paths(inner, f"{path}.{name}")
+    elif isinstance(value, list):
+        for inner in value:
+            yield from paths(inner, f"{path}[]")

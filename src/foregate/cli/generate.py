@@ -42,7 +42,8 @@ def run(
 ) -> None:
     """Continue a prompt with only part of the model's experts in memory.
 
-    The text goes to stdout as it comes, the summary to stderr. It is the same text for every memory size and policy.
+    The text goes to stdout as it comes, the summary to stderr.
+    On the CPU, and on a card with --exact, the text does not depend on memory size and policy.
     """
     from foregate.cli.models import open_model
     from foregate.report import check_report_path

@@ -33,7 +33,8 @@ PANELS = {
     "Prepare": (doctor, plan, convert, inspect, verify, trace, align),
     "Measure": (evaluate, evaluate_gates, plot, simulate, bench, inflate),
 }
-EXIT_CODES = """Exit codes: 0 done, 1 a bug, 2 something to mend, said in one line on stderr, 130 interrupted.
+EXIT_CODES = """\
+Exit codes: 0 done, 1 a bug (doctor: something is broken), 2 something to mend, in one line on stderr, 130 interrupted.
 
 Completion of commands, options and names: foregate --install-completion, for bash, zsh and fish."""
 
