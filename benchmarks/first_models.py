@@ -1,11 +1,10 @@
-"""What first models take: disk, memory and time, computed from their shapes and this folder's measurements.
+"""What first models take: disk, memory and the time to get them, from their shapes and this folder's measurements.
 
     python benchmarks/first_models.py --json OUT
 
 Nothing is downloaded: the shapes are those of the public configurations, and every parameter in 16 bits makes the
-checkpoint. Times are estimates. Conversion: the quantizer's measured speed, reading and writing apart. Decoding without a
-GPU: each token reads the backbone and its experts from memory, and of the experts' bytes as large a share from the disk as
-was measured on an inflated model at a quarter of the experts; `slowest` if nothing overlaps, `fastest` if all of it does.
+checkpoint. Times are estimates: a download over the network, and the quantizer at its measured speed, reading and writing
+apart. What a model will do once it is there is what `foregate plan` says.
 """
 
 import argparse
@@ -20,11 +19,9 @@ from foregate.checkpoint.architecture import Architecture, backbone_matrices, in
 from foregate.checkpoint.store import RecordLayout
 from foregate.quantize.matrix import QuantizedMatrix
 
-RESULTS = Path(__file__).parent / "results"
+QUANTIZING = Path(__file__).parent / "results/quantizing_speed.json"
 BITS, BACKBONE_BITS = (4, 3, 2), 8
 NETWORK = 100e6 / 8  # bytes/s: a line of 100 Mbit/s
-DISK = 2e9  # bytes/s: a common NVMe drive under direct reads
-RECORD_MEASURED, LAYERS_MEASURED, TOP_K_MEASURED = 11_751_424, 8, 4  # of the inflated model in policies-qwen3.json
 MODELS: dict[str, PretrainedConfig] = {  # where nothing is named, the defaults of transformers' own classes are right
     "allenai/OLMoE-1B-7B-0924-Instruct": OlmoeConfig(intermediate_size=1024),
     "Qwen/Qwen3-30B-A3B-Instruct-2507": Qwen3MoeConfig(
@@ -47,7 +44,7 @@ def main() -> None:
 
 
 def describe(config: PretrainedConfig) -> dict[str, Any]:
-    """Sizes in bytes, times in seconds, speeds in tokens/s."""
+    """Sizes in bytes, times in seconds."""
     architecture = inspect_architecture(config)
     parameters = sum(parameter.numel() for parameter in architecture.model.parameters())
     experts = sum(layer.num_experts for layer in architecture.layers)
@@ -55,9 +52,6 @@ def describe(config: PretrainedConfig) -> dict[str, Any]:
     records = {bits: record_bytes(architecture, bits) for bits in BITS}
     disk, memory = backbone_bytes(architecture)
     used = len(architecture.layers) * architecture.layers[0].top_k * records[BITS[0]]
-    known = assumptions()
-    compute = memory / known["memory_bandwidth"] + used / known["expert_bandwidth"]
-    fetched = known["share_fetched"] * used / DISK
     return {
         "parameters": parameters,
         "checkpoint_bytes": 2 * parameters,
@@ -67,8 +61,7 @@ def describe(config: PretrainedConfig) -> dict[str, Any]:
         "backbone_bytes": memory,
         "expert_bytes_a_token": used,
         "download_seconds": 2 * parameters / NETWORK,
-        "convert_seconds": weights / known["weights_per_second"],
-        "without_gpu": {"slowest": 1 / (compute + fetched), "fastest": 1 / max(compute, fetched)},
+        "convert_seconds": weights / assumptions()["weights_per_second"],
     }
 
 
@@ -92,27 +85,13 @@ def backbone_bytes(architecture: Architecture) -> tuple[int, int]:
 
 
 def assumptions() -> dict[str, float]:
-    """What was measured, each with its file in benchmarks/results."""
-    kernels, policies = read("kernels-qwen3.json"), read("policies-qwen3.json")["rows"]
-    (expert,) = [t for t in kernels["timings"] if (t["name"], t["tokens"]) == (f"expert, {BITS[0]}-bit int8", 1)]
+    """The network, bytes/s, and the quantizer's speed as it was measured."""
     (speed,) = [
         row["wall"]
-        for row in read("quantizing_speed.json")["rows"]
+        for row in json.loads(QUANTIZING.read_text())["rows"]
         if (row["quantizer"], row["bits"], row["threads"]) == ("refit", BITS[0], 2)
     ]
-    (run,) = [row for row in policies if (row["name"], row["memory"]) == ("lookahead", "25%")]
-    return {
-        "expert_bandwidth": 1e9 * expert["gigabytes_per_second"],
-        "memory_bandwidth": 1e9 * kernels["read_gigabytes_per_second"],
-        "weights_per_second": 1e6 * speed,
-        "share_fetched": run["bytes_per_token"] / (LAYERS_MEASURED * TOP_K_MEASURED * RECORD_MEASURED),
-        "network": NETWORK,
-        "disk": DISK,
-    }
-
-
-def read(name: str) -> dict[str, Any]:
-    return json.loads((RESULTS / name).read_text())
+    return {"weights_per_second": 1e6 * speed, "network": NETWORK}
 
 
 if __name__ == "__main__":

@@ -75,6 +75,25 @@ def test_commands_are_what_the_command_line_takes(page: str) -> None:
         command.make_context(words[0], rest)  # fails on unknown options, wrong types, missing arguments
 
 
+def given(words: list[str]) -> dict[str, str]:
+    """The options of a command that take a value."""
+    return {word: after for word, after in pairwise(words) if word.startswith("--")}
+
+
+@pytest.mark.parametrize(("page", "models"), [("README.md", 1), ("docs/first-model.md", 4)])
+def test_what_is_planned_is_what_is_converted_and_run(page: str, models: int) -> None:
+    """plan MODEL, convert MODEL STORE and generate STORE follow each other with the same bits and memory."""
+    commands = foregate_lines(page)
+    triples = [triple for triple in zip(commands, commands[1:], commands[2:], strict=False) if triple[0][0] == "plan"]
+    assert len(triples) == models
+    for plan, convert, generate in triples:
+        assert (convert[:2], generate[:2]) == (["convert", plan[1]], ["generate", convert[2]])
+        planned, run = given(plan), given(generate)
+        assert {name: planned[name] for name in ("--bits", "--backbone-bits")} == given(convert)
+        for name in ("--memory", "--host-memory", "--device"):
+            assert planned.get(name) == run.get(name), f"{name} of {plan[1]}"
+
+
 @pytest.mark.parametrize("page", PAGES)
 def test_commands_in_sentences_exist_with_their_options(page: str) -> None:
     for text in re.findall(r"`(?:\.venv/bin/)?foregate ([^`]+)`", PAGES[page]):

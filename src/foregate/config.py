@@ -163,20 +163,38 @@ class BenchConfig:
 
 
 @dataclass(frozen=True)
-class PlanConfig:
-    """What `foregate plan` takes for granted. Bandwidths in bytes/s, times in seconds; docs/plan.md says where from."""
+class CpuConfig:
+    """A machine without a card, where `foregate plan` is not told of one. Bytes/s and seconds; docs/plan.md says where from."""
 
-    bits: int = 4  # of a conversion to come
     memory_bandwidth: float = 30e9  # of a desktop's memory, by two threads
-    disk_bandwidth: float = 2e9
-    disk_latency: float = 1e-4
-    card_bandwidth: float = 360e9  # of a consumer card's own memory
-    bus_bandwidth: float = 24e9  # PCIe 4, 16 lanes
-    bus_latency: float = 1e-5
+    link_bandwidth: float = 2e9  # of the disk
+    link_latency: float = 1e-4
     reached: float = 0.5  # of the memory's bandwidth, by matrix-vector kernels between all else that a step does
-    layer_seconds: float = 0.0015  # of a layer beside reading its weights: Python, launches, the scheduler
+    layer_seconds: float = 0.0015  # of a layer beside reading its weights: Python, small operations, the scheduler
     token_seconds: float = 0.003  # of a token beside its layers
     gate_seconds: float = 0.0004  # of a prediction
+
+
+@dataclass(frozen=True)
+class CardConfig:
+    """A card, for `foregate plan` and `foregate simulate --machine`. Assumed: none has been measured; docs/plan.md says why so."""
+
+    memory_bandwidth: float = 360e9  # of a consumer card's own memory
+    link_bandwidth: float = 24e9  # PCIe 4, 16 lanes
+    link_latency: float = 1e-5  # fixed cost of a copy from pinned memory
+    reached: float = CpuConfig.reached
+    layer_seconds: float = (
+        0.0003  # of a layer beside reading its weights: launches, the wait for its router, the scheduler
+    )
+    token_seconds: float = CpuConfig.token_seconds
+    gate_seconds: float = 0.0002  # of a prediction, made by the host before it launches a layer's experts
+
+
+@dataclass(frozen=True)
+class PlanConfig:
+    """What `foregate plan` plans for, and how it simulates."""
+
+    bits: int = 4  # of a conversion to come
     warm_up: int = 32  # tokens that are simulated before counting starts
     uncertainty: float = 0.25  # of a speed, beside what routings differ by
 

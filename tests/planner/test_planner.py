@@ -12,6 +12,7 @@ from foregate.planner.plan import _largest
 from foregate.planner.routing import NAMES, load_routing
 from foregate.schedule import make_scheduler
 from foregate.simulate import Machine, run
+from foregate.simulate.presets import preset
 
 DEMO = Path(__file__).parents[2] / "demo"
 GIB = 2**30
@@ -136,6 +137,39 @@ def test_a_speed_is_a_range_and_names_its_routing() -> None:
     assert found.low < found.expected < found.high
     assert found.routing == "qwen3-moe-tiny"
     assert foregate.plan(DEMO / "mixtral-tiny", "25%").speed.routing == "mixtral-tiny"
+
+
+def test_a_plan_and_a_projection_take_a_card_alike(mixtral_8x7b: Path) -> None:
+    routing, card = load_routing("mixtral-tiny"), preset("mixtral-8x7b-4bit-24gb-pcie4")
+    for policy in ("lru", "lookahead"):
+        scheduler = make_scheduler(policy, 72, routing.shape)
+        projected = run(routing.calls, scheduler, card.machine(routing.shape), 32).tokens_per_second
+        options = {"device": "cuda", "memory_bandwidth": 936e9, "context": 64, "policy": policy, "bits": 4}
+        planned = foregate.plan(mixtral_8x7b, "75%", **options).speed
+        assert planned.expected == pytest.approx(projected / card.time_scale(routing.shape), rel=0.02)
+
+
+def test_what_only_the_disk_has_is_slower(mixtral_8x7b: Path) -> None:
+    def plan(host_memory: str, **measured: dict) -> foregate.Plan:
+        bandwidths = {"device_memory": (936e9, 0), "device_link": (24e9, 1e-5), **measured}
+        found = {name: {"bytes_per_second": b, "latency_seconds": s} for name, (b, s) in bandwidths.items()}
+        options = {"device": "cuda", "policy": "lru", "context": 64, "machine": {"measured": found}}
+        return foregate.plan(mixtral_8x7b, "50%", host_memory=host_memory, **options)
+
+    everything, half, none = plan("100%"), plan("50%"), plan("1%")
+    assert (everything.records_on_disk, half.records_on_disk) == (0, 128)
+    assert none.speed.expected < 0.7 * half.speed.expected < 0.3 * everything.speed.expected
+    seconds = [1 / found.speed.expected for found in (everything, half, none)]
+    assert seconds[1] == pytest.approx((seconds[0] + seconds[2]) / 2, rel=0.05)
+    as_fast = plan("50%", disk=(24e9, 1e-5))
+    assert as_fast.speed == everything.speed
+
+
+def test_a_width_whose_records_the_host_has_no_room_for_has_no_speed(mixtral_8x7b: Path) -> None:
+    found = foregate.plan(mixtral_8x7b, "50%", host_memory="100MiB", device="cuda")
+    speeds = {width.bits: width.speed for width in found.widths}
+    assert speeds[16] is speeds[8] is None
+    assert speeds[4] == found.speed
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from foregate.checkpoint.source import GATES_FILE
+from foregate.config import CardConfig
 from foregate.errors import ForegateError
 from foregate.lookahead.gates import LookaheadGates
 from foregate.lookahead.tape import next_router_tape, tape
@@ -100,8 +101,14 @@ def test_a_machine_that_is_not_here() -> None:
     weights = 3 * 2048 * 768
     assert machine.record_bytes / 2 == pytest.approx(weights * 4.25 / 8, rel=0.01)  # two real experts in one
     assert machine.load_seconds == pytest.approx(machine.record_bytes / 24e9 + 20e-6)
-    assert machine.expert_seconds == pytest.approx(machine.record_bytes / (0.7 * 360e9))
+    reached = CardConfig.reached * 360e9
+    assert machine.expert_seconds == pytest.approx(machine.record_bytes / reached)
+    attention = 2 * 2048 * (2 * 32 + 2 * 4) * 128  # in bfloat16, whatever the store has
+    assert machine.layer_seconds == pytest.approx(attention / reached + CardConfig.layer_seconds)
+    assert machine.gate_seconds == CardConfig.gate_seconds > 0
     assert card.time_scale(traced) == 6
+    free = 10.5 * 2**30 - 48 * attention - 2 * 2 * 151936 * 2048
+    assert card.share_that_fits == pytest.approx(free / (6144 * machine.record_bytes / 2))
     assert "projected" in card.describe(traced)
     with pytest.raises(ForegateError, match="with a top-k that divides it"):
         preset("mixtral-8x7b-2bit-24gb-pcie5").machine(traced)

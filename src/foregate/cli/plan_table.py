@@ -65,8 +65,8 @@ def _host(plan: Plan) -> Table:
     for name, nbytes in host.needs.parts.items():
         if nbytes:
             table.add_row(name.replace("_", " "), format_bytes(nbytes), MEANING[name])
-    rest = plan.experts - host.records
-    found = f"{host.records:,} experts wait here" + (f", {rest:,} on the disk" if rest else "")
+    rest = f", {plan.records_on_disk:,} on the disk" if plan.records_on_disk else ""
+    found = f"{host.records:,} experts wait here{rest}"
     table.add_row("records", format_bytes(host.records * host.record_bytes), found)
     table.add_section()
     table.add_row("in all", format_bytes(host.total_bytes), "")
@@ -89,12 +89,17 @@ def _widths(plan: Plan) -> Table:
 def _notes(plan: Plan) -> list[str]:
     figures, speed = plan.figures, plan.speed
     limit = f", the model's limit is {plan.context_limit:,}" if plan.context_limit else ""
-    return [
+    behind = f"; those that only the disk has at {format_bandwidth(figures.disk_bandwidth)}"
+    notes = [
         f"largest context: {plan.largest_context:,} tokens, with only one layer's experts beside it{limit}",
         f"expected: {_speed(speed)} tokens/s with {plan.policy}, by simulation: weights read at "
-        f"{format_bandwidth(figures.memory_bandwidth)}, misses at {format_bandwidth(figures.link_bandwidth)} ({figures.source})",
+        f"{format_bandwidth(figures.memory_bandwidth)}, misses at {format_bandwidth(figures.link_bandwidth)} ({figures.source})"
+        + (behind if plan.records_on_disk else ""),
         f"the routing is {speed.routing}'s, for want of this model's; the range covers the other demo model's too",
     ]
+    if plan.budget.host is not None:
+        notes.append("what a layer takes beside its bytes is assumed: no card has been measured (docs/plan.md)")
+    return notes
 
 
 def _speed(speed: Speed | None) -> str:

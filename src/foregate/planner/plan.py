@@ -64,6 +64,11 @@ class Plan:
         """What the process will hold at most, on the device where there is one."""
         return self.budget.total_bytes
 
+    @property
+    def records_on_disk(self) -> int:
+        """Beside a device: those that the host's memory has no room for."""
+        return 0 if self.budget.host is None else self.experts - self.budget.host.records
+
     def to_json(self) -> dict[str, Any]:
         """Everything, as plain values."""
         budget = self.budget
@@ -123,32 +128,31 @@ def plan(
     planner = _Planner(
         opened,
         str(memory),
+        host_memory,
         Session(context, prompt).within(context_limit(opened.architecture.model.config)),
         TIERS[device],
         opened.policy(policy),
         backbone_bits,
         _given(figures, memory_bandwidth, link_bandwidth),
     )
-    return planner.plan(bits, host_memory)
+    return planner.plan(bits)
 
 
 @dataclass(frozen=True)
 class _Planner:
     model: PlannedModel
     memory: str
+    host_memory: str | None
     session: Session
     tier: Tier
     policy: str
     backbone_bits: int
     figures: "Figures"
 
-    def plan(self, bits: int, host_memory: str | None) -> Plan:
+    def plan(self, bits: int) -> Plan:
         contents = self.contents(bits)
-        budget = self.divide(contents, bits)
+        budget = self.with_host(self.divide(contents, bits), contents)
         widths = tuple(self.width(each) for each in ((bits,) if self.model.store else WIDTHS))
-        if not self.tier.is_host:
-            beside = host_needs(self.model.architecture, self.tier, self.gates)
-            budget = replace(budget, host=divide_host(host_memory, contents, beside))
         architecture = self.model.architecture
         return Plan(
             model=self.model.name,
@@ -206,7 +210,18 @@ class _Planner:
             budget = divide(self.memory, contents, needed)
         except ForegateError:
             return Width(bits, contents.experts_bytes, size, None, smallest, None)
-        return Width(bits, contents.experts_bytes, size, budget.slots, smallest, self.speed(budget, contents))
+        try:
+            speed = self.speed(self.with_host(budget, contents), contents)
+        except ForegateError:  # the host's memory has no room for a record of this width
+            speed = None
+        return Width(bits, contents.experts_bytes, size, budget.slots, smallest, speed)
+
+    def with_host(self, budget: Budget, contents: Contents) -> Budget:
+        """The same with the host's memory beside it, where the slots lie on a device. Raises ForegateError, see `divide_host`."""
+        if self.tier.is_host:
+            return budget
+        beside = host_needs(self.model.architecture, self.tier, self.gates)
+        return replace(budget, host=divide_host(self.host_memory, contents, beside))
 
     def speed(self, budget: Budget, contents: Contents) -> "Speed":
         from foregate.planner.speed import estimate

@@ -1,18 +1,19 @@
 """How fast a plan may be: its times from bandwidths, its misses from recorded routing, through the simulator.
 
-A decode step reads the backbone, the cache and top-k experts a layer from memory, and what is missing over the link. The
-routing is not the model's own: it is that of the demo models, whose layers and experts stand for as many of the planned
-model as make bytes and time per token right. So a speed is a range over both routings and over what kernels reach.
+A decode step reads the backbone, the cache and top-k experts a layer from memory, and what is missing over the link: on a
+device from host memory, and what that has no room for from the disk. The routing is not the model's own: it is that of
+the demo models, whose layers and experts stand for as many of the planned model as make bytes and time per token right. So
+a speed is a range over both routings and over what kernels reach.
 """
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from foregate.checkpoint.store import Contents
-from foregate.config import PlanConfig
+from foregate.config import CardConfig, CpuConfig, PlanConfig
 from foregate.errors import ForegateError
 from foregate.memory.budget import Budget
 from foregate.planner.routing import NAMES, Routing, load_routing
@@ -24,11 +25,17 @@ CHUNKS = 16  # of a record at most: smaller ones take the simulator long and cha
 
 @dataclass(frozen=True)
 class Figures:
-    """Bandwidths in bytes/s, times in seconds, and where they come from."""
+    """A machine: bandwidths in bytes/s, times in seconds, and where the bandwidths come from."""
 
     memory_bandwidth: float  # of the memory that weights are computed from
-    link_bandwidth: float  # of what missing records come over
+    link_bandwidth: float  # of what missing records come over: the disk, or the bus to a device
     link_latency: float
+    disk_bandwidth: float  # behind a device: of records that the host's memory has no room for
+    disk_latency: float
+    reached: float  # share of the memory's bandwidth
+    layer_seconds: float  # beside reading weights
+    token_seconds: float
+    gate_seconds: float
     source: str
 
 
@@ -44,26 +51,32 @@ class Speed:
 
 def assumed_figures(device: str) -> Figures:
     """The machine where nothing is known of it."""
-    if device == "cpu":
-        return Figures(PlanConfig.memory_bandwidth, PlanConfig.disk_bandwidth, PlanConfig.disk_latency, "assumed")
-    return Figures(PlanConfig.card_bandwidth, PlanConfig.bus_bandwidth, PlanConfig.bus_latency, "assumed")
+    machine = CpuConfig() if device == "cpu" else CardConfig()
+    disk = {"disk_bandwidth": CpuConfig.link_bandwidth, "disk_latency": CpuConfig.link_latency}
+    return Figures(**asdict(machine), **disk, source="assumed")
 
 
 def measured_figures(machine: Mapping[str, Any] | str | Path, device: str) -> Figures:
     """From what the doctor found (its `to_json()`), or a file that `foregate doctor --json` wrote.
+
+    What it does not measure is assumed; so is the disk behind a device where that could not be read.
 
     Raises ForegateError when it is neither, or the device was not measured.
     """
     name = "here" if isinstance(machine, Mapping) else str(machine)
     try:
         found = machine if isinstance(machine, Mapping) else json.loads(Path(machine).read_text())
+        measured = found["measured"]
         memory, link = ("memory", "disk") if device == "cpu" else ("device_memory", "device_link")
-        return Figures(
-            float(found["measured"][memory]["bytes_per_second"]),
-            float(found["measured"][link]["bytes_per_second"]),
-            float(found["measured"][link]["latency_seconds"]),
-            f"measured: {name}",
-        )
+        known = {
+            "memory_bandwidth": float(measured[memory]["bytes_per_second"]),
+            "link_bandwidth": float(measured[link]["bytes_per_second"]),
+            "link_latency": float(measured[link]["latency_seconds"]),
+        }
+        if disk := measured.get("disk"):
+            known["disk_bandwidth"] = float(disk["bytes_per_second"])
+            known["disk_latency"] = float(disk["latency_seconds"])
+        return replace(assumed_figures(device), **known, source=f"measured: {name}")
     except OSError as error:
         raise ForegateError(f"--machine {name} cannot be read: {error.strerror}") from None
     except (ValueError, KeyError, TypeError):
@@ -101,18 +114,23 @@ def _simulated(
 def _machine(
     budget: Budget, contents: Contents, figures: Figures, embedding_bytes: int, each: float, time_scale: float
 ) -> Machine:
-    """The machine as a traced model sees it, each of whose experts is `each` real ones and each layer `time_scale`."""
+    """The machine as a traced model sees it, each of whose experts is `each` real ones and each layer `time_scale`.
+
+    On a device every load takes the mean time: as many of them come from the disk as of all records lie only there.
+    """
     layers, needs = len(contents.layers), budget.needs
-    reached = PlanConfig.reached * figures.memory_bandwidth
+    reached = figures.reached * figures.memory_bandwidth
     step_bytes = needs.backbone - embedding_bytes + needs.kv_cache // 2
     record = each * sum(n.num_experts * n.layout.nbytes for n in contents.layers) / contents.num_experts
+    on_disk = 0.0 if budget.host is None else 1 - budget.host.records / contents.num_experts
+    seconds_a_byte = (1 - on_disk) / figures.link_bandwidth + on_disk / figures.disk_bandwidth
     return Machine(
         record_bytes=max(round(record), 1),
         chunk_bytes=max(Machine.chunk_bytes, round(record) // CHUNKS),
-        link_bandwidth=figures.link_bandwidth,
-        link_latency=each * figures.link_latency,
-        layer_seconds=step_bytes / layers / reached + PlanConfig.layer_seconds,
+        link_bandwidth=1 / seconds_a_byte,
+        link_latency=each * ((1 - on_disk) * figures.link_latency + on_disk * figures.disk_latency),
+        layer_seconds=step_bytes / layers / reached + figures.layer_seconds,
         expert_seconds=record / reached,
-        token_seconds=PlanConfig.token_seconds / time_scale,
-        gate_seconds=PlanConfig.gate_seconds,
+        token_seconds=figures.token_seconds / time_scale,
+        gate_seconds=figures.gate_seconds,
     )

@@ -1,9 +1,10 @@
 """Machines that are not here: a consumer card behind PCIe, with the shape of a well-known model.
 
-Times are derived, not measured: whatever a layer reads, at the share of the card's memory bandwidth that good kernels
-reach at batch 1, plus a fixed time for launches and for the one wait of the host. The routing is that of a trace, which
-comes from a smaller model: its layers stand for more layers, and its experts for several of the real ones, so that
-bytes and time per token are right. Such figures say how policies compare, not what a card will do.
+Times are derived, not measured: whatever a layer reads, at a share of the card's memory bandwidth, plus what a layer, a
+token and a prediction take beside that, as `CardConfig` assumes it for `foregate plan` too. The backbone lies on a card in
+16 bits, whatever it has in the store. The routing is that of a trace, which comes from a smaller model: its layers stand
+for more layers, and its experts for several of the real ones, so that bytes and time per token are right. Such figures
+say how policies compare, not what a card will do.
 """
 
 from dataclasses import dataclass
@@ -11,15 +12,13 @@ from functools import cached_property
 from itertools import product
 from math import prod
 
+from foregate.config import CardConfig
 from foregate.errors import ForegateError
 from foregate.quantize.matrix import plane_shapes
 from foregate.schedule import Shape
 from foregate.simulate.machine import Machine
 
-REACHED = 0.7  # of a card's memory bandwidth, by matrix-vector kernels
-LAYER_OVERHEAD_SECONDS = 60e-6  # launches of a layer, and the host's wait for its router
-COPY_LATENCY_SECONDS = 10e-6  # fixed cost of a copy from pinned memory
-BACKBONE_BITS = 4
+BACKBONE_ITEM_BYTES = 2  # bfloat16: a card's libraries multiply it, so quantized matrices are dequantized
 RESERVED_BYTES = 3 << 29  # KV cache, activations and the driver
 ALIGNMENT = 4096  # of records
 
@@ -46,15 +45,14 @@ class ModelShape:
 
     @property
     def attention_bytes(self) -> int:
-        """A layer's attention matrices."""
-        size, own = self.hidden, self.heads * self.head_dim
-        inputs = _matrix_bytes(BACKBONE_BITS, own + 2 * self.kv_heads * self.head_dim, size)
-        return inputs + _matrix_bytes(BACKBONE_BITS, size, own)
+        """A layer's attention matrices: what goes into it, and its output."""
+        outputs = (2 * self.heads + 2 * self.kv_heads) * self.head_dim
+        return BACKBONE_ITEM_BYTES * outputs * self.hidden
 
     @property
     def head_bytes(self) -> int:
-        """The output matrix in 16 bits; the embedding is as large again."""
-        return 2 * self.vocabulary * self.hidden
+        """The output matrix; the embedding is as large again."""
+        return BACKBONE_ITEM_BYTES * self.vocabulary * self.hidden
 
 
 @dataclass(frozen=True)
@@ -86,14 +84,15 @@ class Preset:
 
     def machine(self, traced: Shape) -> Machine:
         """The machine as a trace of a model of that shape sees it. Raises ForegateError when the shapes do not go together."""
-        each, model, bandwidth = self.experts_each(traced), self.model, REACHED * self.card.bandwidth
+        each, model, bandwidth = self.experts_each(traced), self.model, CardConfig.reached * self.card.bandwidth
         return Machine(
             record_bytes=each * self.record_bytes,
             link_bandwidth=self.link_bandwidth,
-            link_latency=each * COPY_LATENCY_SECONDS,
-            layer_seconds=model.attention_bytes / bandwidth + LAYER_OVERHEAD_SECONDS,
+            link_latency=each * CardConfig.link_latency,
+            layer_seconds=model.attention_bytes / bandwidth + CardConfig.layer_seconds,
             expert_seconds=each * self.record_bytes / bandwidth,
-            token_seconds=model.head_bytes / bandwidth / self.time_scale(traced),
+            token_seconds=(model.head_bytes / bandwidth + CardConfig.token_seconds) / self.time_scale(traced),
+            gate_seconds=CardConfig.gate_seconds,
         )
 
     def experts_each(self, traced: Shape) -> int:
@@ -116,7 +115,7 @@ class Preset:
 
     @property
     def share_that_fits(self) -> float:
-        """Of the experts, in the card's memory."""
+        """Of the experts, in all of the card's memory."""
         model = self.model
         free = self.card.memory_bytes - RESERVED_BYTES - model.layers * model.attention_bytes - 2 * model.head_bytes
         return min(1.0, free / (self.record_bytes * model.experts * model.layers))
@@ -125,9 +124,11 @@ class Preset:
         """What a reader of the figures must know."""
         return (
             f"projected: times derived from {self.card.name}'s data sheet ({self.card.bandwidth / 1e9:g} GB/s, "
-            f"{REACHED:.0%} reached); routing of a model with {traced.layers} MoE layers of {max(traced.experts)} "
+            f"{CardConfig.reached:.0%} reached), {CardConfig.layer_seconds * 1e3:g} ms a layer, "
+            f"{CardConfig.gate_seconds * 1e3:g} ms a prediction and {CardConfig.token_seconds * 1e3:g} ms a token assumed "
+            f"beside it; routing of a model with {traced.layers} MoE layers of {max(traced.experts)} "
             f"experts, top-{max(traced.top_k)}, for one with {self.model.layers} of {self.model.experts}, "
-            f"top-{self.model.top_k}; the card has room for {self.share_that_fits:.0%} of the experts"
+            f"top-{self.model.top_k}; all of the card has room for {self.share_that_fits:.0%} of the experts"
         )
 
 
