@@ -215,16 +215,31 @@ def test_gates_that_cost_more_than_there_is_to_save_rest_longer_and_longer() -> 
     for _ in range(400):
         if worth.listening:
             worth.spent(0.001)
+        worth.waited(0.002)  # whether they are asked or not
         worth.next_token()
         silent.append(not worth.listening)
     runs = "".join("s" if quiet else "l" for quiet in silent).split("l")
     assert [len(run) for run in runs if run][:3] == [REST, 2 * REST, 4 * REST]
     for _ in range(400):
-        worth.saved(0.01)
-        worth.spent(0.001)
+        if worth.listening:
+            worth.saved(0.01)
+            worth.spent(0.001)
+        worth.waited(0.002)
         worth.next_token()
     assert worth.listening
     assert BLOCK < REST
+
+
+def test_gates_are_not_asked_again_while_there_is_nothing_to_wait_for() -> None:
+    worth, asked = Worth(), []
+    for token in range(2000):
+        if worth.listening:
+            worth.spent(0.001)
+            asked.append(token)
+        worth.waited(0.0 if token < 1000 else 0.010)
+        worth.next_token()
+    assert [token for token in asked if token < 1000] == list(range(BLOCK))
+    assert len([token for token in asked if token >= 1000]) > BLOCK
 
 
 @pytest.mark.parametrize(("alone", "listens"), [(0.001, False), (0.010, True)])

@@ -233,13 +233,15 @@ class Worth:
     What there is to save is estimated as what prefetches saved and a quarter of what was still waited for (eviction by the
     gates avoids about that share of misses). Less than the gates' own time: they rest, twice as long every time in a row.
     More, but not clearly: they rest for one block, and go on only if waiting without them was longer by more than they
-    take. Such a trial holds for TRIAL tokens.
+    take. Such a trial holds for TRIAL tokens. A rest in which less was waited for than they would have taken, so that they
+    could not have paid whatever they know, is followed by another one.
     """
 
     def __init__(self) -> None:
         self.listening = True
         self._spent = self._saved = self._waited = 0.0
         self._left, self._rest, self._untried = BLOCK, REST, 0  # tokens
+        self._resting, self._per_token = 0, 0.0  # tokens of this rest; seconds that gates take
         self._trial: float | None = None  # seconds that a block with gates took for them and in waiting, to be compared
         self._tokens = self._rested = 0
 
@@ -263,6 +265,8 @@ class Worth:
         elif self._trial is not None and self._trial > self._waited:
             self._untried = 0
             self._pause()
+        elif self._trial is None and self._waited < self._per_token * self._resting:
+            self._pause()
         else:
             self.listening, self._left = True, BLOCK
         self._trial = None if self.listening else self._trial
@@ -273,6 +277,7 @@ class Worth:
 
     def _judge(self) -> None:
         gain = self._saved + self._waited / 4
+        self._per_token = self._spent / BLOCK
         self._untried -= BLOCK
         self._left = BLOCK
         if self._spent > gain:
@@ -285,6 +290,7 @@ class Worth:
 
     def _pause(self) -> None:
         self.listening, self._left, self._trial = False, self._rest, None
+        self._resting = self._rest
         self._rest = min(2 * self._rest, LONGEST_REST)
 
 
