@@ -170,9 +170,9 @@ def test_one_wait_a_layer_and_none_while_all_is_resident(demo_store: Path, monke
         model.foregate.close()
 
 
-@pytest.mark.parametrize("memory", ["25%"])
+@pytest.mark.parametrize("memory", ["25%", "100%"])
 def test_gates_say_what_they_say_on_the_cpu(memory: str, demo_store: Path) -> None:
-    """After a prompt longer than what they are sent of one."""
+    """After a prompt longer than what they are sent of one; with all resident the scheduler hears of calls later."""
     found, expected = (predicted_calls(demo_store, device, memory) for device in ("simulated", "cpu"))
     assert [(call.layer, call.experts) for call in found] == [(call.layer, call.experts) for call in expected]
     for one, other in zip(found, expected, strict=True):
