@@ -9,7 +9,7 @@ import itertools
 import os
 import shutil
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import closing
 from pathlib import Path
 
@@ -24,7 +24,7 @@ from foregate.engine.host_experts import HostExperts
 from foregate.errors import ForegateError
 from foregate.memory import disk
 from foregate.memory.simulated import SimulatedDevice
-from foregate.schedule import BOUNDS, POLICIES, Call
+from foregate.schedule import BOUNDS, POLICIES, Call, ExpertKey
 
 Folder = Callable[[str], Path]
 FAMILIES = {  # and the bits of their experts
@@ -199,6 +199,57 @@ def predicted_calls(store: Path, device: str, memory: str, tokens: int = 5) -> l
         engine.settle()
         assert engine.listens
         return list(calls)
+
+
+def test_no_expert_is_evicted_while_the_scheduler_is_told_of_it(
+    demo_store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of calls that were computed unasked: the end of a load may evict from the link's thread at any time."""
+    model, threads = foregate.load(demo_store, device="simulated", memory="100%", policy="lru", threads=1), []
+    with closing(model.foregate) as engine, torch.inference_mode():
+        model(torch.arange(256)[None])
+        model(TOKEN)
+        model(TOKEN)
+        real, before = engine._resident, engine.recorder.totals()
+
+        def evict(key: ExpertKey) -> None:
+            with engine._state:
+                if engine.scheduler.is_resident(key) and engine.scheduler.evictable(key):
+                    engine.scheduler._evict(key)
+
+        def resident(layer: int, experts: Iterable[int]) -> list[int]:
+            found = real(layer, experts)
+            threads.append(threading.Thread(target=evict, args=[(layer, found[0])]))
+            threads[-1].start()
+            threads[-1].join(0.02)
+            return found
+
+        monkeypatch.setattr(engine, "_resident", resident)
+        engine.settle()
+        for thread in threads:
+            thread.join()
+        after = engine.recorder.totals()
+    assert threads, "the scheduler hears of calls later"
+    assert after.hits > before.hits
+    assert (after.misses, after.bytes_read) == (before.misses, before.bytes_read)
+
+
+def test_after_an_error_in_a_call_computed_unasked_the_model_goes_on(
+    demo_store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Even before a layer runs: the scheduler is told of the token before when the next one is embedded."""
+    model = foregate.load(demo_store, device="simulated", memory="100%", policy="lookahead", threads=1, exact=True)
+
+    def fail(*arguments: object) -> None:
+        raise RuntimeError("a policy's mistake")
+
+    with closing(model.foregate) as engine, torch.inference_mode():
+        model(torch.arange(256)[None])
+        expected = model(TOKEN).logits
+        monkeypatch.setattr(engine.scheduler, "routed", fail)
+        with pytest.raises(RuntimeError, match="a policy's mistake"):
+            model(TOKEN)
+        assert torch.equal(model(TOKEN).logits, expected)
 
 
 def test_three_tiers_with_the_least_host_memory(demo_store: Path) -> None:

@@ -132,7 +132,10 @@ class Engine(ABC):
         return self.scheduler.wants_guess()
 
     def settle(self) -> None:  # noqa: B027 - most have nothing left to do
-        """Take account of everything that was computed: an engine may be a few layers behind with it."""
+        """Take account of everything that was computed: an engine may be a few layers behind with it.
+
+        Raises what `run_layer` would have raised; the next call of a layer then starts with empty slots.
+        """
 
     def record_calls(self) -> list[Call]:
         """From now on every call of a layer is added to this list, with what was predicted around it."""
