@@ -157,7 +157,8 @@ class Engine(ABC):
         """What the routed experts of MoE layer `layer` add: sum over k of weight * expert(hidden).
 
         hidden: [tokens, hidden]; top_k_index, top_k_weights: [tokens, k]. Returns [tokens, hidden]. Raises
-        ForegateError when a record cannot be read; the next call then starts with empty slots.
+        ForegateError when a record cannot be read, and whatever the policy raises, on the link's thread too; after any
+        error the next call starts with empty slots.
         """
         with self._turn:
             if self._link_lost:
@@ -242,20 +243,27 @@ class Engine(ABC):
                     self._link.cancel(action.key)
 
     def _ended(self, finished: Finished, carrier: Carrier) -> None:
-        """A load has ended, well or not. Runs in a thread of the link."""
+        """A load has ended, well or not. Runs in a thread of the link; an error is raised where the next layer runs."""
         with self._state:
             if carrier is not self._carrier:
                 return  # the answer of a link that was given up
             self._in_flight -= 1
-            self.recorder.loaded(finished)
-            now = time.perf_counter()
             self._failure = self._failure or finished.error
-            if self._failure is None:
-                if finished.dropped:
-                    self._carry_out(self.scheduler.dropped(finished.key, now))
-                else:
-                    self._carry_out(self.scheduler.arrived(finished.key, finished.seconds, now))
+            try:
+                self._tell_of_end(finished)
+            except BaseException as failure:
+                self._failure = self._failure or failure
             self._state.notify_all()
+
+    def _tell_of_end(self, finished: Finished) -> None:
+        self.recorder.loaded(finished)
+        if self._failure is not None:
+            return
+        now = time.perf_counter()
+        if finished.dropped:
+            self._carry_out(self.scheduler.dropped(finished.key, now))
+        else:
+            self._carry_out(self.scheduler.arrived(finished.key, finished.seconds, now))
 
     def _open_link(self) -> Link:
         self._in_flight = 0  # loads whose end was not heard of yet
