@@ -17,7 +17,19 @@ from foregate.memory.budget import Budget
 from foregate.memory.carrier import Carrier
 from foregate.memory.link import Finished, Link
 from foregate.report import Recorder
-from foregate.schedule import Action, Call, Cancel, Hurry, Load, Prediction, Route, Scheduler, Shape, make_scheduler
+from foregate.schedule import (
+    Action,
+    Call,
+    Cancel,
+    Compute,
+    Hurry,
+    Load,
+    Prediction,
+    Route,
+    Scheduler,
+    Shape,
+    make_scheduler,
+)
 
 WAIT_SECONDS = 120.0  # a link that finishes nothing for so long is reported, not waited for
 
@@ -185,11 +197,13 @@ class Engine(ABC):
             if self._failure is not None:
                 raise self._failure
             resident = self._resident(layer, experts)
-            self.recorder.routed(layer, experts, resident, tokens)
+            actions = self.scheduler.routed(layer, experts, time.perf_counter(), tokens)
+            on_host = {action.key[1] for action in actions if isinstance(action, Compute)}
+            self.recorder.routed(layer, experts, resident, tokens, on_host)
             if self._calls is not None:
                 self._calls.append(Call(layer, tuple(experts), tokens, before=self._before))
                 self._before = None
-            self._carry_out(self.scheduler.routed(layer, experts, time.perf_counter(), tokens))
+            self._carry_out(actions)
 
     def _predict(self, layer: int, chosen: torch.Tensor) -> None:
         if self._predictor is None:
