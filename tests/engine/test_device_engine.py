@@ -9,9 +9,11 @@ import itertools
 import os
 import shutil
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from contextlib import closing
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -22,7 +24,7 @@ from foregate.engine.host_experts import HostExperts
 from foregate.errors import ForegateError
 from foregate.memory import disk
 from foregate.memory.simulated import SimulatedDevice
-from foregate.schedule import BOUNDS, POLICIES
+from foregate.schedule import BOUNDS, POLICIES, Call, ExpertKey
 
 Folder = Callable[[str], Path]
 FAMILIES = {  # and the bits of their experts
@@ -166,6 +168,88 @@ def test_one_wait_a_layer_and_none_while_all_is_resident(demo_store: Path, monke
             late = [at - events.index(("sent", n)) for at, (kind, n) in enumerate(events) if kind == "waited" and at]
             assert sum(lag > 1 for lag in late) > len(late) // 2, "nobody waits for what was just sent"
         model.foregate.close()
+
+
+@pytest.mark.parametrize("memory", ["25%", "100%"])
+def test_gates_say_what_they_say_on_the_cpu(memory: str, demo_store: Path) -> None:
+    """After a prompt longer than what they are sent of one; with all resident the scheduler hears of calls later."""
+    found, expected = (predicted_calls(demo_store, device, memory) for device in ("simulated", "cpu"))
+    assert [(call.layer, call.experts) for call in found] == [(call.layer, call.experts) for call in expected]
+    for one, other in zip(found, expected, strict=True):
+        assert (one.before is None) == (other.before is None) == (one.layer > 0)
+        for said, wanted in ((one.before, other.before), (one.after, other.after)):
+            if wanted is None:
+                continue
+            assert [target for target, _ in said.ahead] == [target for target, _ in wanted.ahead]
+            for (_, probability), (_, other_probability) in zip(said.ahead, wanted.ahead, strict=True):
+                np.testing.assert_allclose(probability, other_probability, atol=1e-3)
+            if wanted.reuse is not None:
+                np.testing.assert_allclose(said.reuse, wanted.reuse, atol=1e-3)
+
+
+def predicted_calls(store: Path, device: str, memory: str, tokens: int = 5) -> list[Call]:
+    """Calls of single tokens after a prompt that chose all experts, or nearly, while the policy listens to the gates."""
+    model = foregate.load(store, device=device, memory=memory, policy="lookahead", threads=1, exact=True)
+    with closing(model.foregate) as engine, torch.inference_mode():
+        model(torch.arange(256)[None])
+        engine.settle()
+        calls = engine.record_calls()
+        for token in range(tokens):
+            model(IDS[:1, token : token + 1])
+        engine.settle()
+        assert engine.listens
+        return list(calls)
+
+
+def test_no_expert_is_evicted_while_the_scheduler_is_told_of_it(
+    demo_store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of calls that were computed unasked: the end of a load may evict from the link's thread at any time."""
+    model, threads = foregate.load(demo_store, device="simulated", memory="100%", policy="lru", threads=1), []
+    with closing(model.foregate) as engine, torch.inference_mode():
+        model(torch.arange(256)[None])
+        model(TOKEN)
+        model(TOKEN)
+        real, before = engine._resident, engine.recorder.totals()
+
+        def evict(key: ExpertKey) -> None:
+            with engine._state:
+                if engine.scheduler.is_resident(key) and engine.scheduler.evictable(key):
+                    engine.scheduler._evict(key)
+
+        def resident(layer: int, experts: Iterable[int]) -> list[int]:
+            found = real(layer, experts)
+            threads.append(threading.Thread(target=evict, args=[(layer, found[0])]))
+            threads[-1].start()
+            threads[-1].join(0.02)
+            return found
+
+        monkeypatch.setattr(engine, "_resident", resident)
+        engine.settle()
+        for thread in threads:
+            thread.join()
+        after = engine.recorder.totals()
+    assert threads, "the scheduler hears of calls later"
+    assert after.hits > before.hits
+    assert (after.misses, after.bytes_read) == (before.misses, before.bytes_read)
+
+
+def test_after_an_error_in_a_call_computed_unasked_the_model_goes_on(
+    demo_store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Even before a layer runs: the scheduler is told of the token before when the next one is embedded."""
+    model = foregate.load(demo_store, device="simulated", memory="100%", policy="lookahead", threads=1, exact=True)
+
+    def fail(*arguments: object) -> None:
+        raise RuntimeError("a policy's mistake")
+
+    with closing(model.foregate) as engine, torch.inference_mode():
+        model(torch.arange(256)[None])
+        expected = model(TOKEN).logits
+        monkeypatch.setattr(engine.scheduler, "routed", fail)
+        with pytest.raises(RuntimeError, match="a policy's mistake"):
+            model(TOKEN)
+        assert torch.equal(model(TOKEN).logits, expected)
 
 
 def test_three_tiers_with_the_least_host_memory(demo_store: Path) -> None:

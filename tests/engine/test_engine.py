@@ -202,6 +202,28 @@ def test_after_a_disk_that_hangs_the_model_goes_on(store: Folder, monkeypatch: p
     model.foregate.close()
 
 
+@pytest.mark.parametrize("device", ["cpu", "simulated"])
+@pytest.mark.parametrize("listener", ["scheduler", "recorder"])
+def test_an_error_on_the_links_thread_is_raised_by_the_next_layer(
+    store: Folder, device: str, listener: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A policy of one's own may be wrong: that is said at once, and the model goes on."""
+    model = foregate.load(store("mixtral"), memory="25%", device=device, policy="lru", exact=True)
+    engine, expected = model.foregate, logits(model, IDS)
+
+    def fail(*arguments: object) -> None:
+        raise ValueError("a policy's mistake")
+
+    monkeypatch.setattr(engine_module, "WAIT_SECONDS", 5.0)
+    with monkeypatch.context() as patch:
+        told = {"scheduler": (engine.scheduler, "arrived"), "recorder": (engine.recorder, "loaded")}
+        patch.setattr(*told[listener], fail)
+        with pytest.raises(ValueError, match="a policy's mistake"):
+            logits(model, IDS)
+    assert torch.equal(logits(model, IDS), expected)
+    engine.close()
+
+
 def test_predictions_wait_for_a_lost_link_to_be_opened_again(demo_store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The sampled token's prediction comes before any layer runs: it must not go to the link that was given up."""
     model = foregate.load(demo_store, memory="25%", policy="lookahead", threads=1)

@@ -70,7 +70,7 @@ def test_packed_gates_are_the_gates(
         embeddings = torch.randn(tokens, 24)
         agree(ready.foresee(len(layers), embeddings), gates.foresee(len(layers), embeddings))
         for layer, count in enumerate(experts):
-            hidden, scores = torch.randn(tokens, inputs), torch.randn(tokens, count + 1)
+            hidden, scores = torch.randn(tokens, inputs), torch.randn(min(tokens, 3), count + 1)  # the newest tokens'
             chosen = torch.stack([torch.randperm(count + 2)[:top_k] - 1 for _ in range(tokens)])  # some are no experts
             for following in (ready, gates):
                 following.observe(layer, scores, chosen)

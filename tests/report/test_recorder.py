@@ -54,10 +54,24 @@ def test_prefetches_are_what_the_scheduler_counts_and_bytes_add_up(run: Callable
     assert unused <= len(seen.resident)
 
 
+def test_a_prefetch_that_the_host_forestalls_is_counted_as_the_scheduler_counts_it(demo_store: Path) -> None:
+    """Its expert is computed on the host while it is under way: it goes on, for later."""
+    options = {"device": "simulated", "memory": "25%", "policy": "lookahead", "link_latency": 0.004, "threads": 1}
+    model = foregate.load(demo_store, **options)
+    with closing(model.foregate) as engine:
+        model.generate(torch.arange(50, 62)[None], max_new_tokens=12, min_new_tokens=12, do_sample=False)
+        engine.settle()
+        while engine.scheduler.in_flight():
+            time.sleep(0.01)
+        assert engine.recorder.totals().experts_on_host > 0
+        counted = total(engine.recorder.prefetches, PrefetchCounts)
+        assert astuple(counted)[:4] == astuple(engine.scheduler.prefetches)
+
+
 def test_each_fate_of_a_prefetch() -> None:
     recorder = Recorder([4])
     arrive = lambda expert, nbytes=10, **how: recorder.loaded(Finished((0, expert), nbytes, 0.0, **how))  # noqa: E731
-    route = lambda *experts: recorder.routed(0, experts, experts, 1)  # noqa: E731
+    route = lambda *experts, **how: recorder.routed(0, experts, experts, 1, **how)  # noqa: E731
     recorder.submitted(Load((0, 0), slot=0, demand=False))
     arrive(0)
     route(0)  # in time
@@ -71,6 +85,7 @@ def test_each_fate_of_a_prefetch() -> None:
     recorder.submitted(Load((0, 3), slot=2))  # in its place
     arrive(3)
     recorder.submitted(Load((0, 2), slot=3, demand=False))
+    route(2, on_host=[2])
     arrive(2)  # not used yet
     (counts,) = recorder.prefetches
     assert counts == PrefetchCounts(5, 1, 1, 2, bytes_moved=44, useful_bytes=10, late_bytes=10, wasted_bytes=14)

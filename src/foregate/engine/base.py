@@ -17,7 +17,19 @@ from foregate.memory.budget import Budget
 from foregate.memory.carrier import Carrier
 from foregate.memory.link import Finished, Link
 from foregate.report import Recorder
-from foregate.schedule import Action, Call, Cancel, Hurry, Load, Prediction, Route, Scheduler, Shape, make_scheduler
+from foregate.schedule import (
+    Action,
+    Call,
+    Cancel,
+    Compute,
+    Hurry,
+    Load,
+    Prediction,
+    Route,
+    Scheduler,
+    Shape,
+    make_scheduler,
+)
 
 WAIT_SECONDS = 120.0  # a link that finishes nothing for so long is reported, not waited for
 
@@ -132,7 +144,10 @@ class Engine(ABC):
         return self.scheduler.wants_guess()
 
     def settle(self) -> None:  # noqa: B027 - most have nothing left to do
-        """Take account of everything that was computed: an engine may be a few layers behind with it."""
+        """Take account of everything that was computed: an engine may be a few layers behind with it.
+
+        Raises what `run_layer` would have raised; the next call of a layer then starts with empty slots.
+        """
 
     def record_calls(self) -> list[Call]:
         """From now on every call of a layer is added to this list, with what was predicted around it."""
@@ -154,7 +169,8 @@ class Engine(ABC):
         """What the routed experts of MoE layer `layer` add: sum over k of weight * expert(hidden).
 
         hidden: [tokens, hidden]; top_k_index, top_k_weights: [tokens, k]. Returns [tokens, hidden]. Raises
-        ForegateError when a record cannot be read; the next call then starts with empty slots.
+        ForegateError when a record cannot be read, and whatever the policy raises, on the link's thread too; after any
+        error the next call starts with empty slots.
         """
         with self._turn:
             if self._link_lost:
@@ -181,11 +197,13 @@ class Engine(ABC):
             if self._failure is not None:
                 raise self._failure
             resident = self._resident(layer, experts)
-            self.recorder.routed(layer, experts, resident, tokens)
+            actions = self.scheduler.routed(layer, experts, time.perf_counter(), tokens)
+            on_host = {action.key[1] for action in actions if isinstance(action, Compute)}
+            self.recorder.routed(layer, experts, resident, tokens, on_host)
             if self._calls is not None:
                 self._calls.append(Call(layer, tuple(experts), tokens, before=self._before))
                 self._before = None
-            self._carry_out(self.scheduler.routed(layer, experts, time.perf_counter(), tokens))
+            self._carry_out(actions)
 
     def _predict(self, layer: int, chosen: torch.Tensor) -> None:
         if self._predictor is None:
@@ -239,20 +257,27 @@ class Engine(ABC):
                     self._link.cancel(action.key)
 
     def _ended(self, finished: Finished, carrier: Carrier) -> None:
-        """A load has ended, well or not. Runs in a thread of the link."""
+        """A load has ended, well or not. Runs in a thread of the link; an error is raised where the next layer runs."""
         with self._state:
             if carrier is not self._carrier:
                 return  # the answer of a link that was given up
             self._in_flight -= 1
-            self.recorder.loaded(finished)
-            now = time.perf_counter()
             self._failure = self._failure or finished.error
-            if self._failure is None:
-                if finished.dropped:
-                    self._carry_out(self.scheduler.dropped(finished.key, now))
-                else:
-                    self._carry_out(self.scheduler.arrived(finished.key, finished.seconds, now))
+            try:
+                self._tell_of_end(finished)
+            except BaseException as failure:
+                self._failure = self._failure or failure
             self._state.notify_all()
+
+    def _tell_of_end(self, finished: Finished) -> None:
+        self.recorder.loaded(finished)
+        if self._failure is not None:
+            return
+        now = time.perf_counter()
+        if finished.dropped:
+            self._carry_out(self.scheduler.dropped(finished.key, now))
+        else:
+            self._carry_out(self.scheduler.arrived(finished.key, finished.seconds, now))
 
     def _open_link(self) -> Link:
         self._in_flight = 0  # loads whose end was not heard of yet

@@ -159,7 +159,11 @@ class DeviceEngine(Engine):
 
     def settle(self) -> None:
         with self._turn:
-            self._catch_up(0)
+            try:
+                self._catch_up(0)
+            except BaseException:
+                self._start_anew()
+                raise
 
     def expect(self, prediction: Prediction) -> None:
         with self._turn:  # no load may start between a look at the slots and the launch that reads them
@@ -244,8 +248,9 @@ class DeviceEngine(Engine):
             sent = self._pending.popleft()
             layer, (chosen, *seen) = sent.layer, sent.copy.wait()
             named = set(chosen.flatten().tolist()).intersection(range(self.store.layers[layer].num_experts))
-            experts = self._resident(layer, sorted(named))
-            self._route(layer, experts, sent.tokens)
+            with self._state:  # no load that ends in between may evict one of them
+                experts = self._resident(layer, sorted(named))
+                self._route(layer, experts, sent.tokens)
             self._predict_sent(layer, chosen, seen[1:] if sent.hidden else seen)
             self._release(layer, experts)
 

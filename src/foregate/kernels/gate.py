@@ -53,14 +53,15 @@ class History:
         self.address, self._library, self._experts = ctypes.addressof(self._struct), _library(), experts
 
     def observe(self, scores: torch.Tensor, chosen: torch.Tensor) -> None:
-        """scores: float32 [tokens, experts or more]; chosen: int64 [tokens, top_k], oldest token first, where an index
-        outside the experts is none. Raises ValueError when shapes, dtypes or memory layouts do not fit."""
-        (tokens, columns), (rows, top_k) = scores.shape, chosen.shape
-        if columns < self._experts or rows != tokens or not tokens:
+        """scores: float32 [the newest tokens, experts or more]; chosen: int64 [tokens, top_k], oldest token first, where an
+        index outside the experts is none. Of the scores only the last row is read, so there may be fewer rows than
+        choices. Raises ValueError when shapes, dtypes or memory layouts do not fit."""
+        (scored, columns), (tokens, top_k) = scores.shape, chosen.shape
+        if columns < self._experts or not 0 < scored <= tokens:
             raise ValueError(f"scores {list(scores.shape)} and choices {list(chosen.shape)} of {self._experts} experts")
         _check_dense(scores, "scores", torch.float32)
         _check_dense(chosen, "chosen", torch.int64)
-        newest = scores.data_ptr() + 4 * columns * (tokens - 1)
+        newest = scores.data_ptr() + 4 * columns * (scored - 1)
         status = self._library.fg_observe(self.address, newest, chosen.data_ptr(), tokens, top_k)
         cpu._check(self._library, status)
 

@@ -104,7 +104,8 @@ class LookaheadGates:
     def observe(self, layer: int, scores: torch.Tensor, chosen: torch.Tensor) -> None:
         """Note what the router of MoE layer `layer` did.
 
-        scores: float [tokens, num_experts or more]; chosen: int [tokens, top_k], an index outside the experts is none.
+        scores: float [the newest tokens, num_experts or more], of which the last row is read; chosen: int [tokens, top_k],
+        an index outside the experts is none.
         """
         experts = self.header.layers[layer].num_experts
         self._recent[layer] = scores[-1, :experts].float()

@@ -75,6 +75,7 @@ class LiveGates:
         """The token that was just sampled gives away its first layers' experts; a prompt's start is no sampled token."""
         hidden = _rows(output)
         if len(hidden) == 1 and self._engine.listens:
+            self._engine.settle()  # first everything of the token before
             start, last = time.perf_counter(), len(self._targets) - 1
             self._engine.expect(self._prediction(last, hidden.cpu().float(), last - 1, start))
 

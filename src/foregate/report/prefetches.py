@@ -17,7 +17,7 @@ class PrefetchCounts:
 
     started: int = 0
     in_time: int = 0  # resident when routed
-    late: int = 0  # under way when routed: a part of the wait was saved
+    late: int = 0  # under way when routed, and waited for: a part of the wait was saved
     wasted: int = 0  # cancelled, or its slot was given away, before any use
     bytes_moved: int = 0
     useful_bytes: int = 0  # of those in time
@@ -57,7 +57,7 @@ class PrefetchLedger:
             self.layers[load.key[0]].started += 1
 
     def routed(self, layer: int, experts: Iterable[int]) -> None:
-        """These experts are used now."""
+        """These experts are used now, from their slots."""
         if not self._open:
             return
         for expert in experts:

@@ -1,6 +1,6 @@
 """The recorder: the engine tells it what happens, it counts. What it keeps does not grow with the run."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import astuple, dataclass
 from typing import TypeVar
 
@@ -50,8 +50,11 @@ class Recorder:
 
     # -- what the engine tells ------------------------------------------------------------------------------------
 
-    def routed(self, layer: int, experts: Sequence[int], resident: Iterable[int], tokens: int) -> None:
-        """The router of `layer` chose `experts` (distinct) for so many tokens; `resident` of them need no load."""
+    def routed(
+        self, layer: int, experts: Sequence[int], resident: Iterable[int], tokens: int, on_host: Collection[int] = ()
+    ) -> None:
+        """The router of `layer` chose `experts` (distinct) for so many tokens; `resident` of them need no load, nor do
+        those that are computed `on_host`."""
         counts, chosen, missed = self.layers[layer], self.chosen[layer], self.missed[layer]
         present = set(resident)
         counts.hits += len(present)
@@ -60,7 +63,7 @@ class Recorder:
             chosen[expert] += 1
             if expert not in present:
                 missed[expert] += 1
-        self._ledger.routed(layer, experts)
+        self._ledger.routed(layer, (expert for expert in experts if expert not in on_host))
         self.foresight.routed(layer, experts, tokens)
         if self.timeline and layer == 0:
             self.timeline.passed(tokens)
