@@ -182,7 +182,8 @@ class Scheduler(ABC):
         if self.placement is not None:
             self.placement.loaded(seconds)
         del self._loading[key]
-        self._put_off(key, seconds)
+        if self._began:
+            self._put_off(key, seconds)
         if key in self._dropping:  # the cancellation came too late
             self._dropping.remove(key)
             if key in self._queue:

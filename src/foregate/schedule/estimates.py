@@ -1,5 +1,6 @@
 """What the lookahead policy learns while it runs: when experts come back, whom to believe, and what time costs."""
 
+from array import array
 from collections.abc import Sequence
 from typing import Any
 
@@ -151,6 +152,9 @@ class ReuseEstimate:
         self._frequency, self._believes_heads = self._frequencies[0], True
         self.skip = np.ones((shape.layers, max(shape.experts)))
         self.lost = np.ones(self.skip.shape)
+        self._skip_rows, self._lost_rows = (
+            [row[:experts] for row, experts in zip(rows, shape.experts, strict=True)] for rows in (self.skip, self.lost)
+        )
         for layer in range(shape.layers):
             self._by_frequency(layer)
 
@@ -187,8 +191,11 @@ class ReuseEstimate:
 
     def _by_frequency(self, layer: int) -> None:
         """With the same probability in every call the discounted uses are a geometric series."""
-        skip, later = 1.0 - self._frequency.of(layer), self._discount.token
-        self.skip[layer, : len(skip)], self.lost[layer, : len(skip)] = skip, (1.0 - later) / (1.0 - later * skip)
+        uses, later = self._frequency.of(layer), self._discount.token
+        np.subtract(1.0, uses, out=self._skip_rows[layer])
+        uses *= later
+        uses += 1.0 - later
+        np.divide(1.0 - later, uses, out=self._lost_rows[layer])
 
 
 class Frequency:
@@ -200,22 +207,25 @@ class Frequency:
     def __init__(self, shape: Shape, half_life: float) -> None:
         self.name = f"frequency with a half-life of {half_life:g} tokens"
         self._growth, self._unit = 2.0 ** (1 / half_life), 1.0
-        self._values = [[k / n] * n for n, k in zip(shape.experts, shape.top_k, strict=True)]  # times the unit
+        # Times the unit; as Python's arrays, which are fast to add to, and NumPy's views of them.
+        self._values = [array("d", [k / n]) * n for n, k in zip(shape.experts, shape.top_k, strict=True)]
+        self._views = [np.frombuffer(values) for values in self._values]
 
     def add(self, layer: int, experts: Sequence[int]) -> None:
         """The layer's call used these experts. A call of layer 0 starts a token."""
         if layer == 0:
             self._unit *= self._growth
             if self._unit > RESCALE:
-                self._values = [[value / self._unit for value in values] for values in self._values]
+                for values in self._views:
+                    values /= self._unit
                 self._unit = 1.0
         values, one_use = self._values[layer], self._unit * (1 - 1 / self._growth)
         for expert in experts:
             values[expert] += one_use
 
     def of(self, layer: int) -> np.ndarray:
-        """The shares, float [experts]."""
-        return np.array(self._values[layer]) / self._unit
+        """The shares, float [experts], in an array of its own."""
+        return self._views[layer] / self._unit
 
 
 def expected_loss(reuse: np.ndarray, after_windows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
