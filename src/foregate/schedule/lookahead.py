@@ -230,9 +230,12 @@ class LookaheadScheduler(Scheduler):
         self._note_for_judging(prediction, guess)
         by_guess = guess is not None and self._guess_is_better()
         aims = self._aims_of(prediction, by_guess)
-        given = np.concatenate([guess, *parts[1:]] if by_guess else parts)
-        skip = self._reuse.skip.ravel()[aims.places]
-        skip -= (given + skip - 1.0) * self._calibration.share[aims.kinds]
+        anyway = self._reuse.skip.ravel()[aims.places]
+        skip = np.concatenate([guess, *parts[1:]] if by_guess else parts, dtype=np.float64)
+        skip += anyway
+        skip -= 1.0
+        skip *= self._calibration.share[aims.kinds]
+        np.subtract(anyway, skip, out=skip)
         np.maximum(skip, 0.0, out=skip)  # timid gates may be taken for more than certain
         self._skip.ravel()[aims.places] = skip
         self._latest, self._heard = (aims, skip), self._calls
@@ -293,7 +296,9 @@ class _Aims:
         self.kinds = np.repeat(kinds, sizes)
         self.distances = np.repeat([(target - prediction.layer - 1) % layers + 1 for target in targets], sizes)
         self.keys = [(target, expert) for target, size in zip(targets, sizes, strict=True) for expert in range(size)]
-        self.places = np.array([target * width + expert for target, expert in self.keys])  # in [layers, experts]
+        places = np.array([target * width + expert for target, expert in self.keys])  # in [layers, experts]
+        in_a_row = bool((np.diff(places) == 1).all())
+        self.places = slice(int(places[0]), int(places[-1]) + 1) if in_a_row else places  # slices need no copies
 
     def demand_at_least(self, least: list[float]) -> None:
         """Set the least probability of a prefetch for each value. least: by distance."""
