@@ -63,10 +63,11 @@ def test_parts_add_up(demo_store: Path) -> None:
 
 
 def test_load_divides_as_planned(demo_store: Path) -> None:
-    budget = foregate.plan(demo_store, "25%", context=64, prompt=8).budget
+    wanted = {"context": 64, "prompt": 8, "policy": "lru"}  # reading the gates takes more than this model's experts
+    budget = foregate.plan(demo_store, "25%", **wanted).budget
     granted = budget.needs.total + 80 * budget.slot_bytes
-    planned = foregate.plan(demo_store, granted, context=64, prompt=8)
-    model = foregate.load(demo_store, memory=granted, context=64, prompt=8)
+    planned = foregate.plan(demo_store, granted, **wanted)
+    model = foregate.load(demo_store, memory=granted, **wanted)
     model.foregate.close()
     assert planned.budget == model.foregate.budget
     assert planned.budget.slots == 80
