@@ -76,6 +76,16 @@ class Terminal:
         text, self._read_until = self.seen[self._read_until : match.end()], match.end()
         return text
 
+    def interrupt(self, pattern: str) -> str:
+        """Ctrl-C until `pattern` is seen: one may fall between the prompt and the wait for a key, where Python misses it."""
+        for _ in range(10):
+            self.type("\x03")
+            if self._receive(2.0) and not re.compile(pattern).search(self.seen, self._read_until):
+                self._receive(1.0)
+            if re.compile(pattern).search(self.seen, self._read_until):
+                break
+        return self.expect(pattern)
+
     def wait(self) -> int:
         """The exit code, once the command has ended by itself."""
         while self._receive(180.0):

@@ -2,7 +2,6 @@
 
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
@@ -27,9 +26,7 @@ def test_at_a_terminal(terminal: Callable, demo_store: Path) -> None:
     stats = person.expect(r"policy lookahead\n>>> ")
     assert "last reply" in stats
     assert "48 of 96 experts" in stats
-    time.sleep(0.3)  # Python misses a signal between the prompt and the wait for a key; no person is that fast
-    person.type("\x03")
-    person.expect("ctrl-D or /exit ends\n>>> ")
+    person.interrupt("ctrl-D or /exit ends\n>>> ")
     person.type("/help\n")
     person.expect("Ctrl-C stops a reply")
     person.type("/nonsense\n")
