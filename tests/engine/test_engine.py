@@ -290,7 +290,8 @@ def test_places_by_expert_against_a_loop(tokens: int, top_k: int, seed: int) -> 
     places = places_by_expert(index, num_experts=6)
     flat = index.flatten().tolist()
     expected = {e: [n for n, chosen in enumerate(flat) if chosen == e] for e in sorted(set(flat)) if 0 <= e < 6}
-    assert {expert: rows.tolist() for expert, rows in places.items()} == expected
+    assert {expert: place.rows.tolist() for expert, place in places.items()} == expected
+    assert all(place.tokens.tolist() == [row // top_k for row in place.rows.tolist()] for place in places.values())
     assert list(places) == list(expected)
 
 
@@ -301,4 +302,5 @@ def test_weighted_sum_against_einsum(tokens: int, top_k: int, seed: int) -> None
         torch.randn(tokens, top_k, 5, generator=generator),
         torch.rand(tokens, top_k, generator=generator),
     )
-    torch.testing.assert_close(weighted_sum(outputs, weights), torch.einsum("tkh,tk->th", outputs, weights))
+    expected = torch.einsum("tkh,tk->th", outputs, weights)
+    torch.testing.assert_close(weighted_sum(outputs, weights), expected)

@@ -5,7 +5,8 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from typing import Any, Protocol
+from functools import cache
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import nn
@@ -319,13 +320,32 @@ class Engine(ABC):
             self._link.cancel(key)
 
 
-def places_by_expert(top_k_index: torch.Tensor, num_experts: int) -> dict[int, torch.Tensor]:
-    """For each chosen expert, ascending: where it was chosen, as positions in the flattened [tokens, k] index.
+class Places(NamedTuple):
+    """Where an expert was chosen, int64 [n] each."""
+
+    tokens: torch.Tensor  # rows of the input
+    rows: torch.Tensor  # positions in the flattened [tokens, k] index
+
+
+def places_by_expert(top_k_index: torch.Tensor, num_experts: int) -> dict[int, Places]:
+    """For each chosen expert of `top_k_index` [tokens, k], ascending: where it was chosen.
 
     Indices outside 0..num_experts-1 are a family's way to say "no expert" and are left out.
     """
-    flat = top_k_index.reshape(-1)
+    flat, top_k = top_k_index.reshape(-1), top_k_index.shape[-1]
+    if len(flat) == top_k == len(set(experts := flat.tolist())):  # a decode step: tensor operations would take longer
+        return {
+            e: place for e, place in sorted(zip(experts, _of_one_token(top_k), strict=True)) if 0 <= e < num_experts
+        }
     order = torch.argsort(flat, stable=True)
     chosen, counts = torch.unique_consecutive(flat[order], return_counts=True)
-    groups = zip(chosen.tolist(), order.split(counts.tolist()), strict=True)
-    return {expert: rows for expert, rows in groups if 0 <= expert < num_experts}
+    sizes = counts.tolist()
+    places = map(Places, (order // top_k).split(sizes), order.split(sizes))
+    return {e: place for e, place in zip(chosen.tolist(), places, strict=True) if 0 <= e < num_experts}
+
+
+@cache
+@torch.inference_mode(False)  # whoever comes first, others may want gradients
+def _of_one_token(top_k: int) -> list[Places]:
+    token = torch.zeros(1, dtype=torch.int64)
+    return [Places(token, row) for row in torch.arange(top_k).split(1)]

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from foregate.checkpoint.store import ExpertKey, Store
-from foregate.engine.base import Engine, places_by_expert
+from foregate.engine.base import Engine, Places, places_by_expert
 from foregate.engine.costs import measure_costs
 from foregate.engine.host_experts import HostExperts
 from foregate.kernels.slots import Rows, SlotKernel, SlotReference, choose_slot_kernel
@@ -187,11 +187,11 @@ class DeviceEngine(Engine):
 
         self._catch_up(0)
         outputs = hidden.new_empty(len(hidden) * top_k, hidden.shape[1], dtype=torch.float32)
-        waiting = self._route_sent(sent, top_k)
+        waiting = self._route_sent(sent)
         while waiting:
             ready = self._await_resident(layer, waiting)
             slots = [self.scheduler.slot((layer, expert)) for expert in ready]
-            rows = self._rows(slots, [waiting.pop(expert) for expert in ready], top_k)
+            rows = self._rows(slots, [waiting.pop(expert) for expert in ready])
             start = time.perf_counter()
             kernel.run(hidden, rows, outputs, grouped)
             self.recorder.computed(layer, len(ready), time.perf_counter() - start)
@@ -222,7 +222,7 @@ class DeviceEngine(Engine):
                 table = self._tables[layer] = _Table(self._loads, slots, self._to_device([*slots, -1]))
             return table
 
-    def _route_sent(self, sent: _Sent, top_k: int) -> dict[int, torch.Tensor]:
+    def _route_sent(self, sent: _Sent) -> dict[int, Places]:
         """Tell the scheduler of a call, and start what the host is to compute. Returns the places of the others.
 
         This waits for the device, the only time in a layer.
@@ -235,7 +235,7 @@ class DeviceEngine(Engine):
         on_host = {expert: places.pop(expert) for _, expert in self._on_host}
         self._on_host.clear()
         if hidden is not None and on_host:
-            self._host.start(layer, hidden, on_host, top_k)
+            self._host.start(layer, hidden, on_host)
         self._predict_sent(layer, chosen, seen)
         return places
 
@@ -271,11 +271,11 @@ class DeviceEngine(Engine):
 
     # -- slots ----------------------------------------------------------------------------------------------------
 
-    def _rows(self, slots: Sequence[int], places: Sequence[torch.Tensor], top_k: int) -> Rows:
+    def _rows(self, slots: Sequence[int], places: Sequence[Places]) -> Rows:
         """Work on the device: the expert in slots[i] at places[i]. One small copy, which nobody waits for."""
-        rows = torch.cat(places)
-        own = torch.tensor(slots).repeat_interleave(torch.tensor([len(part) for part in places]))
-        return Rows(*self._to_device(torch.stack([own, rows // top_k, rows])))
+        tokens, rows = (torch.cat(parts) for parts in zip(*places, strict=True))
+        own = torch.tensor(slots).repeat_interleave(torch.tensor([len(place.rows) for place in places]))
+        return Rows(*self._to_device(torch.stack([own, tokens, rows])))
 
     def _to_device(self, numbers: torch.Tensor | list[int]) -> torch.Tensor:
         return torch.as_tensor(numbers, dtype=torch.int32).to(self.device.torch_device, non_blocking=True)

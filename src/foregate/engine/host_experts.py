@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from foregate.checkpoint.store import ExpertKey, LayerInfo
+from foregate.engine.base import Places
 from foregate.kernels import Kernel, Work
 from foregate.memory.host import HostRecords
 
@@ -53,17 +54,14 @@ class HostExperts:
             self._holding.enter_context(stack.pop_all())
             return True
 
-    def start(self, layer: int, hidden: torch.Tensor, places: Mapping[int, torch.Tensor], top_k: int) -> None:
-        """Begin with the reserved experts of `layer`.
-
-        hidden: [tokens, hidden] in host memory; places: expert -> int64 rows of the flattened [tokens, k].
-        """
+    def start(self, layer: int, hidden: torch.Tensor, places: Mapping[int, Places]) -> None:
+        """Begin with the reserved experts of `layer`. hidden: [tokens, hidden] in host memory; places: by expert."""
         held, holding = self._held, self._holding
         self._held, self._holding = {}, ExitStack()
 
         def compute() -> HostResult:
             with holding:
-                return self._compute(layer, hidden, [(held[expert], rows) for expert, rows in places.items()], top_k)
+                return self._compute(layer, hidden, [(held[expert], place) for expert, place in places.items()])
 
         self._under_way = self._worker.submit(compute)
 
@@ -87,16 +85,14 @@ class HostExperts:
         self._worker.shutdown()
 
     @torch.inference_mode()
-    def _compute(
-        self, layer: int, hidden: torch.Tensor, experts: list[tuple[torch.Tensor, torch.Tensor]], top_k: int
-    ) -> HostResult:
+    def _compute(self, layer: int, hidden: torch.Tensor, experts: list[tuple[torch.Tensor, Places]]) -> HostResult:
         start, kernel, layout = time.perf_counter(), self.kernels[layer], self._layers[layer].layout
-        rows = torch.cat([part for _, part in experts])
+        rows = torch.cat([place.rows for _, place in experts])
         values = torch.empty(len(rows), hidden.shape[1])
-        to = torch.arange(len(rows)).split([len(part) for _, part in experts])
+        to = torch.arange(len(rows)).split([len(place.rows) for _, place in experts])
         work = [
-            Work(kernel.prepare(layout.unpack(record[: layout.nbytes])), part // top_k, own)
-            for (record, part), own in zip(experts, to, strict=True)
+            Work(kernel.prepare(layout.unpack(record[: layout.nbytes])), place.tokens, own)
+            for (record, place), own in zip(experts, to, strict=True)
         ]
         kernel.run(hidden.float().contiguous(), work, values)
         return HostResult(rows, values, len(experts), time.perf_counter() - start)

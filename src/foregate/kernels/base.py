@@ -1,7 +1,7 @@
 """What a kernel is: it computes some experts of one MoE layer, straight from their records."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -37,6 +37,11 @@ class Kernel(ABC):
 
     def __init__(self, experts: nn.Module, exact: bool) -> None:
         self.experts, self.exact = experts, exact
+
+    @property
+    def way(self) -> Hashable:
+        """What `prepare` depends on beside the weights: layers of one way and one layout may share what it has made."""
+        return type(self)
 
     @abstractmethod
     def prepare(self, weights: dict[str, Weight]) -> Any:

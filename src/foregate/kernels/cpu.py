@@ -263,10 +263,13 @@ def _check(library: ctypes.CDLL, status: int) -> None:
 
 def _check_tensor(tensor: torch.Tensor, name: str, dtype: torch.dtype, shape: tuple[int | None, ...]) -> None:
     """Raise ValueError unless the tensor is as described (None in `shape`: any size), contiguous and on the CPU."""
-    sizes = tuple(tensor.shape)
-    if sizes == shape and tensor.dtype == dtype and tensor.device.type == "cpu" and tensor.is_contiguous():
+    sizes = tensor.shape
+    fits = len(sizes) == len(shape)
+    for size, want in zip(sizes, shape, strict=False):
+        fits = fits and (want is None or want == size)
+    if fits and tensor.dtype is dtype and tensor.is_cpu and tensor.is_contiguous():
         return  # at once: a decode step passes here hundreds of times
-    if len(sizes) != len(shape) or any(want not in (None, size) for size, want in zip(sizes, shape, strict=True)):
+    if not fits:
         wanted = ", ".join("any" if want is None else str(want) for want in shape)
         raise ValueError(f"{name} has shape {list(sizes)} where [{wanted}] is needed")
     if tensor.dtype != dtype:

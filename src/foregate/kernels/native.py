@@ -1,7 +1,7 @@
 """The native kernel as a layer's kernel: whole experts in one call where the activation is one that it knows."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 
 import torch
 from torch import nn
@@ -21,6 +21,10 @@ class NativeKernel(Kernel):
     def __init__(self, experts: nn.Module, exact: bool) -> None:
         super().__init__(experts, exact)
         self._activation = find_activation(experts, _apply)
+
+    @property
+    def way(self) -> Hashable:
+        return type(self), self._activation is None
 
     def prepare(self, weights: dict[str, Weight]) -> cpu.Expert | dict[str, Weight]:
         return weights if self._activation is None else _expert(weights)
