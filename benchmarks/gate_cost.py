@@ -10,6 +10,8 @@ uses come on top where it is said.
 
 import argparse
 import json
+from bisect import bisect_right
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -103,13 +105,14 @@ def cost(shape: Shape, width: int) -> Row:
 
 
 def widest(shape: Shape) -> dict[str, int | None]:
-    """The largest width, a multiple of 4, within each bar; None where no width is. Costs are linear in the width."""
-    none, one = cost(shape, 0), cost(shape, 1)
+    """The largest width, a multiple of 4, within each bar; None where no width is. Costs grow with the width."""
 
     def within(bar: float, key: str, total: int) -> int | None:
-        room = bar * total - none[key]
-        width = int(room / (one[key] - none[key])) // WIDTH_STEP * WIDTH_STEP if room > 0 else 0
-        return min(width, LARGEST_WIDTH) or None
+        widths = range(WIDTH_STEP, LARGEST_WIDTH + 1, WIDTH_STEP)
+        return widths[fitting - 1] if (fitting := bisect_right(widths, bar * total, key=amounts(key))) else None
+
+    def amounts(key: str) -> Callable[[int], int]:
+        return lambda width: cost(shape, width)[key]
 
     found = {"learned": within(BARS["learned"], "learned", shape.parameters)}
     return found | {n: within(BARS["multiply_adds"], "multiply_adds", total) for n, total in shape.totals().items()}

@@ -25,6 +25,7 @@ from foregate.lookahead.reuse import WINDOWS, fit_reuse_head, history_features, 
 from foregate.lookahead.trace import Trace
 
 HALF_LIVES = (1, 2, 4, 8, 16, 32, 64)  # tokens, of decayed frequencies
+WIDTH = 64  # of the head, as in the demo models' gates
 BUDGETS = (0.125, 0.25, 0.5)
 EPOCHS, BATCH, RATE = 4, 512, 3e-3
 NEVER = 1 << 30
@@ -132,7 +133,7 @@ def heads(fit: Layer, test: Layer) -> Iterator[tuple[str, torch.Tensor]]:
         head = fit_linear(features(fit, history), fit.again)
         with torch.inference_mode():
             yield name, head(features(test, history)).view(test.again.shape)
-    head = fit_reuse_head(fit.inputs, fit.scores, fit.chosen, seed=0)
+    head = fit_reuse_head(fit.inputs, fit.scores, fit.chosen, WIDTH, seed=0)
     yield "reuse head", head(test.inputs, history_features(test.used, test.scores))
 
 

@@ -26,7 +26,8 @@ from foregate.simulate.workload import Workload
 MEMORY = ("25%", "50%")
 LINKS = (0.25e9, 1e9, 4e9)  # bytes/s
 VALUES = {
-    "LOSS": (0.15, 0.5, 1.0),
+    "EVICTED": (0.05, 0.1, 0.3),
+    "DELAYED": (0.0, 0.7),
     "PRIOR": (1.0, 16.0),
     "FADE": (0.99, 0.9995),
     "HALF_LIVES": ((32.0,), (4.0,)),

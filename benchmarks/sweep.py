@@ -40,7 +40,7 @@ BITS_PER_WEIGHT = {4: 4 + 16 / BLOCK, 3: 3 + 16 / BLOCK, 2: 2 + 40 / BLOCK}  # s
 ALTERNATING = 32  # tokens of a text before another takes over
 OPEN = 1.3  # times mixtral-offloading, that the bound of a cell must reach for it to be open
 WORKERS = 2
-MACHINE_FIELDS = ("record_bytes", "layer_seconds", "expert_seconds", "call_seconds", "token_seconds", "gate_seconds")
+MACHINE_FIELDS = ("record_bytes", "layer_seconds", "expert_seconds", "call_seconds", "token_seconds")
 
 
 @dataclass(frozen=True)
@@ -112,12 +112,14 @@ def measured(path: Path, bits: int) -> Machine:
     rows = [row["machine"] for row in json.loads(path.read_text())["rows"]]
     machine = Machine(link_bandwidth=1.0, **{name: median(row[name] for row in rows) for name in MACHINE_FIELDS})
     share = BITS_PER_WEIGHT[bits] / BITS_PER_WEIGHT[4]
-    gates = max(row["gate_seconds"] for row in rows)  # policies without predictions measure none
+    predicting = {
+        name: max(row[name] for row in rows) for name in ("gate_seconds", "start_seconds")
+    }  # others have none
     return replace(
         machine,
         record_bytes=int(machine.record_bytes * share),
         expert_seconds=machine.expert_seconds * share,
-        gate_seconds=gates,
+        **predicting,
     )
 
 

@@ -65,7 +65,8 @@ def test_own_work_is_no_foreign_load() -> None:
 
 
 def test_the_machine_of_steps() -> None:
-    """Two tokens of two layers after a prompt: 3 ms before the first layer, 1 ms before the second, 2 ms inside."""
+    """Two tokens of two layers after a prompt: 3 ms before the first layer, 1.5 of them after the token's prediction, 1 ms
+    before the second, 2 ms inside."""
     watch, now = StepWatch(), 0.0
     predicted = Prediction(0, (), seconds=0.0005)
     for token in range(3):
@@ -73,11 +74,13 @@ def test_the_machine_of_steps() -> None:
             now += 0.003 if layer == 0 else 0.001
             kernels = [(1, 0.010)] if layer else [(2, 0.015), (1, 0.010)]
             took = sum(seconds for _, seconds in kernels) + 0.004 + 0.002 + 0.0005
-            watch.steps.append(Step(layer, token > 0, now, now + took, stall_seconds=0.004, kernels=kernels))
+            foreseen = now - 0.0015 if layer == 0 else None
+            watch.steps.append(Step(layer, token > 0, now, foreseen, now + took, stall_seconds=0.004, kernels=kernels))
             watch.calls.append(Call(layer, (0,), after=predicted))
             now += took
     machine = machine_of(watch, record_bytes=1000, link_bandwidth=1e6)
     assert machine.layer_seconds == pytest.approx(0.001 + 0.002)
     assert machine.token_seconds == pytest.approx(0.002)
+    assert machine.start_seconds == pytest.approx(0.0005)
     assert (machine.call_seconds, machine.expert_seconds) == (pytest.approx(0.005), pytest.approx(0.005))
     assert machine.gate_seconds == pytest.approx(0.0005)

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from transformers import PreTrainedModel
 
 import foregate
+from foregate.checkpoint.store import RecordLayout
 from foregate.engine import base as engine_module
 from foregate.engine.base import places_by_expert
 from foregate.engine.host import weighted_sum
@@ -282,6 +283,15 @@ def test_a_failed_load_leaves_no_threads(store: Folder, monkeypatch: pytest.Monk
     with pytest.raises(ZeroDivisionError):
         foregate.load(store("mixtral"))
     assert threading.active_count() == before
+
+
+def test_a_slot_is_prepared_once_for_all_layers_alike(store: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = foregate.load(store("mixtral"), memory="34%", policy="lru")
+    unpacked, unpack = [], RecordLayout.unpack
+    monkeypatch.setattr(RecordLayout, "unpack", lambda layout, record: unpacked.append(1) or unpack(layout, record))
+    logits(model, IDS)
+    assert model.foregate.recorder.totals().misses > model.foregate.budget.slots >= len(unpacked) > 0
+    model.foregate.close()
 
 
 @given(st.integers(1, 9), st.integers(1, 4), st.integers(0, 10_000))

@@ -221,7 +221,7 @@ def test_what_cannot_be_learned_from(copy: Path, store: Folder, trace: Path, tex
 def test_the_default_width_keeps_to_its_share() -> None:
     layers = tuple(GateLayer(f"layers.{n}", 8, 2, 256) for n in range(12))
     header = GatesHeader(layers, 256, 3, 0, {})
-    for parameters in (2_783_488, 6_000_000):
+    for parameters in (2_783_488, 6_000_000, 8_300_000):
         width = default_width(header, parameters)
         assert width % 4 == 0
         for sign, size in ((-1, width), (1, width + 4)):

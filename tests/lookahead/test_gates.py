@@ -90,6 +90,8 @@ def test_a_file_that_is_missing_damaged_or_of_another_model(gates: LookaheadGate
         assert damaged != content
         file.write_bytes(damaged)
         refused("is damaged")
+    file.write_bytes(content.replace(b'version\\": 2', b'version\\": 1'))
+    refused("was written by another version of Foregate: train the gates again")
     LookaheadGates(replace(HEADER, horizon=3), gates.gates).save(file)
     refused("is damaged")
 
@@ -102,3 +104,10 @@ def test_older_gates_stay_when_writing_fails(gates: LookaheadGates, small_disk: 
         gates.save(file)
     assert file.read_bytes() == b"older"
     assert sorted(child.name for child in small_disk.iterdir()) == ["lookahead.safetensors", "others"]
+
+
+def test_reuse_heads_have_an_eighth_of_the_width_in_whole_eights() -> None:
+    widths = {width: replace(HEADER, width=width).reuse_width for width in (0, 8, 64, 65, 120, 256, 512)}
+    assert widths == {0: 8, 8: 8, 64: 8, 65: 16, 120: 16, 256: 32, 512: 64}
+    head = replace(HEADER, width=512).new_gate(0).reuse
+    assert head.down.shape == (64, LAYERS[0].input_size)

@@ -11,10 +11,11 @@ from world import EXPERTS, LAYERS, SHAPE, TOP_K, World, random_prediction
 from foregate.schedule import Cancel, ExpertKey, Load, Prediction, Shape, make_scheduler
 from foregate.schedule.estimates import (
     BLOCK,
+    DELAYED,
+    EVICTED,
     JUDGED,
     LATER,
     LEAST,
-    LOSS,
     REST,
     Calibration,
     Discount,
@@ -196,17 +197,33 @@ def test_the_better_of_gate_and_guess_is_believed(guess_is_right: bool) -> None:
     assert asked == 50 * LAYERS if guess_is_right else abs(asked - 50 * LAYERS / JUDGED) < 1
 
 
-def test_a_prefetch_must_be_likelier_the_less_it_can_hide() -> None:
+def paced(calls_a_load: int) -> Pace:
+    """Layers of 5 ms that wait for as long, loads of 40 ms."""
     pace = Pace()
-    for call in range(50):
+    for call in range(1600):
         pace.layer_call(0.010 * call)
         pace.waited(0.005)
-        pace.load(0.040)
+        if call % calls_a_load == 0:
+            pace.load(0.040)
+    return pace
+
+
+def test_a_prefetch_must_be_likelier_the_less_it_can_hide() -> None:
+    pace = paced(calls_a_load=400)
     assert pace.layer_seconds == pytest.approx(0.005)
     near, far, farther = (pace.least_probability(distance) for distance in (1.0, 4.0, 400.0))
     assert near > far > farther
-    assert near == pytest.approx(LOSS * 0.040 / (0.005 + LOSS * 0.040))
-    assert farther == pytest.approx(LOSS / (1 + LOSS))
+    assert near == pytest.approx(EVICTED * 0.040 / (0.005 + EVICTED * 0.040))
+    assert farther == pytest.approx(EVICTED / (1 + EVICTED))
+
+
+def test_a_prefetch_must_be_likelier_the_busier_the_link_is() -> None:
+    idle, half, busy = paced(calls_a_load=400), paced(calls_a_load=8), paced(calls_a_load=4)
+    assert half.occupancy == pytest.approx(0.5, rel=0.05)
+    assert busy.occupancy == pytest.approx(1.0, rel=0.01)
+    assert idle.least_probability(1) < half.least_probability(1) < busy.least_probability(1)
+    lost = EVICTED + DELAYED
+    assert busy.least_probability(400) == pytest.approx(lost / (1 + lost), rel=0.05)
 
 
 def test_gates_that_cost_more_than_there_is_to_save_rest_longer_and_longer() -> None:

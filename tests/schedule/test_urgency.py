@@ -1,5 +1,7 @@
 """What the link brings first: the order in which compute is expected to wait less."""
 
+import itertools
+
 import numpy as np
 import pytest
 from hypothesis import assume, given
@@ -7,7 +9,7 @@ from hypothesis import strategies as st
 from world import EXPERTS, LAYERS, SHAPE, World
 
 from foregate.schedule import Costs, ExpertKey, Placement, Prediction, make_scheduler
-from foregate.schedule.urgency import Need
+from foregate.schedule.urgency import Need, by_urgency
 
 SECONDS = st.floats(0, 100)
 NEEDS = st.builds(Need, st.floats(0, 1), SECONDS, SECONDS)
@@ -34,6 +36,21 @@ def test_what_can_wait_stands_behind_what_cannot() -> None:
     near, far = Need(chance=0.5, left=2.0, due=1.0), Need(chance=1.0, left=2.0, due=5.0)
     assert near.goes_before(far)
     assert Need(chance=1.0, left=2.0, due=2.5).goes_before(near)
+
+
+@given(st.lists(st.tuples(st.floats(0.01, 1), SECONDS), min_size=1, max_size=12), st.floats(0.001, 100))
+def test_many_at_once_are_put_in_the_order_of_what_another_load_would_cost(
+    records: list[tuple[float, float]], load: float
+) -> None:
+    chances, dues = (np.array(values) for values in zip(*records, strict=True))
+    order = by_urgency(chances, dues, load).tolist()
+    assert sorted(order) == list(range(len(records)))
+    costs = [Need(chances[place], load, dues[place]).delayed(load) for place in order]
+    assert all(first <= then + 1e-6 for first, then in itertools.pairwise(costs))
+
+
+def test_where_there_is_time_for_all_the_likelier_is_the_more_urgent_then_the_first() -> None:
+    assert by_urgency(np.array([0.9, 0.5, 0.9]), np.array([50.0, 50.0, 50.0]), 1.0).tolist() == [1, 2, 0]
 
 
 LOAD = 0.015  # seconds; a layer takes 0.01

@@ -20,6 +20,7 @@ class Step:
     layer: int
     counts: bool  # outside the prompts and the warm-up
     start: float
+    foreseen: float | None = None  # when gates had been asked about the token, before the first layer
     end: float = 0.0
     stall_seconds: float = 0.0
     kernels: list[tuple[int, float]] = field(default_factory=list)  # (experts, seconds) of each kernel call
@@ -39,6 +40,7 @@ class StepWatch(Recorder):
         super().__init__(())
         self.steps: list[Step] = []
         self.calls: list[Call] = []  # one a step
+        self._foreseen: float | None = None  # of the step to come
 
     def __call__(self, model: PreTrainedModel, counting: Callable[[], bool]) -> None:
         """Watch this model from now on."""
@@ -51,6 +53,11 @@ class StepWatch(Recorder):
             module.register_forward_pre_hook(self._begin(index, counting))
             module.register_forward_hook(self._end)
 
+    def predicted(self, prediction: Prediction) -> None:
+        super().predicted(prediction)
+        if prediction.token:
+            self._foreseen = time.perf_counter()
+
     def stalled(self, layer: int, seconds: float) -> None:
         super().stalled(layer, seconds)
         self.steps[-1].stall_seconds += seconds
@@ -61,7 +68,8 @@ class StepWatch(Recorder):
 
     def _begin(self, layer: int, counting: Callable[[], bool]) -> Callable[..., None]:
         def hook(*ignored: Any) -> None:
-            self.steps.append(Step(layer, counting(), time.perf_counter()))
+            self.steps.append(Step(layer, counting(), time.perf_counter(), self._foreseen))
+            self._foreseen = None
 
         return hook
 
@@ -73,10 +81,11 @@ def machine_of(watch: StepWatch, record_bytes: int, link_bandwidth: float) -> Ma
     """The machine whose mean times are those of the steps that count.
 
     What a step took beside kernels, waiting and predicting belongs to its layer, and so does the time since the step
-    before; what more there is before the first layer belongs to the token.
+    before; what more there is before the first layer belongs to the token, some of it after gates have spoken.
     """
     timed = [index for index, step in enumerate(watch.steps) if step.counts and index]
     gaps: dict[bool, list[float]] = {True: [], False: []}  # before the first layer, before another
+    starts = [step.start - step.foreseen for step in watch.steps if step.counts and step.foreseen]
     inside, predicting = [], []
     for index in timed:
         step, call = watch.steps[index], watch.calls[index]
@@ -86,13 +95,15 @@ def machine_of(watch: StepWatch, record_bytes: int, link_bandwidth: float) -> Ma
         predicting += [seconds for seconds in (before, after) if seconds]
     call_seconds, expert_seconds = _line([kernel for index in timed for kernel in watch.steps[index].kernels])
     between = mean(gaps[False]) if gaps[False] else 0.0
+    token = max(mean(gaps[True]) - between, 0.0)
     return Machine(
         record_bytes=record_bytes,
         link_bandwidth=link_bandwidth,
         layer_seconds=between + mean(inside),
         expert_seconds=expert_seconds,
         call_seconds=call_seconds,
-        token_seconds=max(mean(gaps[True]) - between, 0.0),
+        token_seconds=token,
+        start_seconds=min(max(mean(starts) - between, 0.0), token) if starts else 0.0,
         gate_seconds=mean(predicting) if predicting else 0.0,
     )
 

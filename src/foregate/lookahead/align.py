@@ -99,12 +99,17 @@ def default_width(header: GatesHeader, backbone_parameters: int) -> int:
 
     A multiple of 4, at least 4 and at most AlignConfig.max_width. header: its own width is ignored.
     """
-    without, each = 0, 0
-    for source in range(len(header.layers) + 1):
-        none, one = (_learned(replace(header, width=width), source) for width in (0, 1))
-        without, each = without + none, each + one - none
-    width = int((AlignConfig.share * backbone_parameters - without) / each) // WIDTH_STEP * WIDTH_STEP
-    return min(max(width, WIDTH_STEP), AlignConfig.max_width)
+    most = AlignConfig.share * backbone_parameters
+    without, one = (_learned_by_all(replace(header, width=width)) for width in (0, 1))
+    width = int((most - without) / (one - without)) // WIDTH_STEP * WIDTH_STEP
+    width = min(max(width, WIDTH_STEP), AlignConfig.max_width)
+    while width > WIDTH_STEP and _learned_by_all(replace(header, width=width)) > most:  # reuse heads grow in steps
+        width -= WIDTH_STEP
+    return width
+
+
+def _learned_by_all(header: GatesHeader) -> int:
+    return sum(_learned(header, source) for source in range(len(header.layers) + 1))
 
 
 def _learned(header: GatesHeader, source: int) -> int:
@@ -184,7 +189,7 @@ class _Job:
     @property
     def summary(self) -> str:
         """What will be trained, in one line."""
-        learned = sum(_learned(self.header, source) for source in self.sources)
+        learned = _learned_by_all(self.header)
         share = learned / self.trace.header.backbone_parameters
         samples = self._samples(0)
         return (
@@ -237,9 +242,8 @@ class _Job:
     def _fit_reuse(self, layer: int) -> ReuseHead:
         rows = self.settings.max_tokens or self.trace.num_tokens
         scores = self.trace.scores(layer)[:rows, : self.header.layers[layer].num_experts]
-        return fit_reuse_head(
-            self.trace.inputs(layer)[:rows], scores, self.trace.chosen(layer)[:rows], self.settings.seed + layer
-        )
+        inputs, chosen = self.trace.inputs(layer)[:rows], self.trace.chosen(layer)[:rows]
+        return fit_reuse_head(inputs, scores, chosen, self.header.reuse_width, self.settings.seed + layer)
 
     def _described(self, source: int, fitted: FittedGate) -> AlignedSource:
         return AlignedSource(

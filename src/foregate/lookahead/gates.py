@@ -5,6 +5,7 @@ what they were trained on. It lies in a store but depends on the model only, not
 """
 
 import json
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -21,8 +22,12 @@ from foregate.lookahead.gate import GateLayer, LookaheadGate, Target, targets, t
 from foregate.lookahead.metrics import chosen_mask
 from foregate.lookahead.reuse import ReuseHead, UseHistory
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 TOKEN_SOURCE = "token"
+
+
+class OtherVersion(Exception):
+    """The file's layout is not the one of this version."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +39,11 @@ class GatesHeader:
     horizon: int
     width: int  # of every gate's MLP
     trained: dict[str, Any]  # what alignment used and reached; empty for untrained gates
+
+    @property
+    def reuse_width(self) -> int:
+        """Hidden values of every reuse head: an eighth of the gates', in whole vectors of 8."""
+        return max(math.ceil(self.width / 64), 1) * 8
 
     def source_name(self, source: int) -> str:
         """Prefix of a source's tensors."""
@@ -49,7 +59,7 @@ class GatesHeader:
         size = self.input_size(source)
         gate = LookaheadGate(size, [a.num_experts for a in aims], [a.top_k for a in aims], self.width)
         if source < len(self.layers):
-            gate.reuse = ReuseHead(size, self.layers[source].num_experts)
+            gate.reuse = ReuseHead(size, self.layers[source].num_experts, self.reuse_width)
         return gate
 
     def check_matches(self, layers: Sequence[Any], path: Path) -> None:
@@ -66,10 +76,10 @@ class GatesHeader:
 
     @classmethod
     def from_json(cls, text: str) -> "GatesHeader":
-        """Raises ValueError, KeyError or TypeError on anything `to_json` would not write."""
+        """Raises OtherVersion, ValueError, KeyError or TypeError on anything `to_json` would not write."""
         data = json.loads(text)
         if data.pop("version") != FORMAT_VERSION:
-            raise ValueError("another version")
+            raise OtherVersion
         data["layers"] = tuple(GateLayer(**layer) for layer in data["layers"])
         return cls(**data)
 
@@ -161,6 +171,10 @@ class LookaheadGates:
                 header = GatesHeader.from_json(file.metadata()["foregate"])
                 header.check_matches(layers, path)
                 gates = [_restored(header, source, file) for source in range(len(header.layers) + 1)]
+        except OtherVersion:
+            raise ForegateError(
+                f"{path} was written by another version of Foregate: train the gates again with foregate align {path.parent}"
+            ) from None
         except (OSError, SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:
             raise ForegateError(
                 f"{path} is damaged ({first_line(error)}): train the gates again with foregate align {path.parent}"

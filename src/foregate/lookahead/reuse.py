@@ -12,12 +12,14 @@ from torch.nn import functional
 from foregate.lookahead.metrics import chosen_mask
 
 WINDOWS = (1, 4, 16)  # tokens ahead
-WIDTH = 8  # hidden values of a head
 HALF_LIVES = (2.0, 8.0, 32.0)  # tokens, of the decayed frequencies it sees
 FEATURES = len(HALF_LIVES) + 2  # of each expert: decayed frequencies, time since the last use, score
 NEVER = 1e4  # tokens: the age of an expert that was not used yet
 BLOCK = 256  # rows of the history computed at once
-ROWS, EPOCHS, BATCH, RATE = 131072, 4, 512, 3e-3
+PART = 65536  # rows after which training forgets the history, to save memory
+HALF = 2  # bytes of a feature while training
+HISTORY_BYTES = 512 << 20  # of features and labels: as many rows are learned from
+EPOCHS, BATCH, RATE = 4, 512, 3e-3
 LEAST_STEPS = 250  # short traces are read more often
 
 
@@ -39,14 +41,14 @@ class UseHistory:
 
 
 class ReuseHead(nn.Module):
-    """The head of one MoE layer."""
+    """The head of one MoE layer; width: hidden values."""
 
-    def __init__(self, input_size: int, num_experts: int) -> None:
+    def __init__(self, input_size: int, num_experts: int, width: int) -> None:
         super().__init__()
         self.num_experts = num_experts
-        self.down = nn.Parameter(torch.zeros(WIDTH, input_size))
-        self.down_bias = nn.Parameter(torch.zeros(WIDTH))
-        self.up = nn.Parameter(torch.zeros(len(WINDOWS) * num_experts, WIDTH))
+        self.down = nn.Parameter(torch.zeros(width, input_size))
+        self.down_bias = nn.Parameter(torch.zeros(width))
+        self.up = nn.Parameter(torch.zeros(len(WINDOWS) * num_experts, width))
         self.bias = nn.Parameter(torch.zeros(len(WINDOWS) * num_experts))
         self.shared = nn.Parameter(torch.zeros(len(WINDOWS), FEATURES))
 
@@ -80,21 +82,24 @@ def reused(used: torch.Tensor) -> torch.Tensor:
     return torch.stack(ahead, 1)
 
 
-def fit_reuse_head(inputs: torch.Tensor, scores: torch.Tensor, chosen: torch.Tensor, seed: int) -> ReuseHead:
+def fit_reuse_head(
+    inputs: torch.Tensor, scores: torch.Tensor, chosen: torch.Tensor, width: int, seed: int
+) -> ReuseHead:
     """A head fitted to a layer's rows in their order: inputs [tokens, input_size], router scores [tokens, num_experts],
-    experts chosen [tokens, top_k]. At most ROWS rows are used. The same result every time on the same machine."""
-    inputs, scores, chosen = inputs[:ROWS], scores[:ROWS].float(), chosen[:ROWS].long()
-    used = chosen_mask(chosen, scores.shape[1])
-    features, labels = history_features(used, scores), reused(used).float()
+    experts chosen [tokens, top_k]. The first rows are used, as many as HISTORY_BYTES hold the history of. The same result
+    every time on the same machine."""
+    rows = HISTORY_BYTES // (scores.shape[1] * (FEATURES * HALF + len(WINDOWS)))
+    inputs, scores, chosen = inputs[:rows], scores[:rows], chosen[:rows]
+    features, labels = _histories(scores, chosen)
     mean, spread = _mean_and_spread(inputs)
     generator = torch.Generator().manual_seed(seed)
-    head = ReuseHead(inputs.shape[1], scores.shape[1])
+    head = ReuseHead(inputs.shape[1], scores.shape[1], width)
     nn.init.normal_(head.down, std=inputs.shape[1] ** -0.5, generator=generator)
     optimizer = torch.optim.AdamW(head.parameters(), lr=RATE, weight_decay=0.01)
     for _ in range(max(EPOCHS, LEAST_STEPS * BATCH // len(inputs))):
         for rows in torch.randperm(len(inputs), generator=generator).split(BATCH):
-            logits = head((inputs[rows].float() - mean) / spread, features[rows])
-            loss = functional.binary_cross_entropy_with_logits(logits, labels[rows])
+            logits = head((inputs[rows].float() - mean) / spread, features[rows].float())
+            loss = functional.binary_cross_entropy_with_logits(logits, labels[rows].float())
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -104,10 +109,17 @@ def fit_reuse_head(inputs: torch.Tensor, scores: torch.Tensor, chosen: torch.Ten
     return head.requires_grad_(False)
 
 
-def reuse_parameters(input_size: int, num_experts: int) -> int:
-    """Parameters of one layer's head."""
-    outputs = len(WINDOWS) * num_experts
-    return WIDTH * (input_size + 1) + outputs * (WIDTH + 1) + len(WINDOWS) * FEATURES
+def _histories(scores: torch.Tensor, chosen: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(features float16, labels bool) of all rows, filled part by part: float32 would take twice the memory."""
+    tokens, experts = scores.shape
+    features = torch.empty(tokens, FEATURES, experts, dtype=torch.float16)
+    labels = torch.empty(tokens, len(WINDOWS), experts, dtype=torch.bool)
+    for rows in torch.arange(tokens).split(PART):
+        part = slice(int(rows[0]), int(rows[-1]) + 1)
+        used = chosen_mask(chosen[part].long(), experts)
+        features[part] = history_features(used, scores[part].float())
+        labels[part] = reused(used)
+    return features, labels
 
 
 def _decay() -> torch.Tensor:

@@ -142,6 +142,18 @@ std::vector<float> features_of(const fg_history& history) {
     return values;
 }
 
+// In sums side by side, which compilers keep in one vector.
+float dot(const float* a, const float* b, int64_t count) {
+    constexpr int64_t LANES = 8;
+    float sums[LANES] = {}, total = 0;
+    int64_t i = 0;
+    for (; i + LANES <= count; i += LANES)
+        for (int64_t lane = 0; lane < LANES; lane++) sums[lane] += a[i + lane] * b[i + lane];
+    for (; i < count; i++) total += a[i] * b[i];
+    for (float sum : sums) total += sum;
+    return total;
+}
+
 // The reuse head's answer after a token from the first product of which it is given its `width` results.
 void predict_reuse(const fg_gate& gate, const float* first, int64_t width, float* reuse) {
     const int64_t experts = gate.own->experts, features = gate.own->half_lives + 2;
@@ -151,8 +163,7 @@ void predict_reuse(const fg_gate& gate, const float* first, int64_t width, float
     for (int64_t window = 0; window < gate.windows; window++)
         for (int64_t i = 0; i < experts; i++) {
             const int64_t at = window * experts + i;
-            float logit = gate.reuse_bias[at];
-            for (int64_t j = 0; j < width; j++) logit += gate.reuse_up[at * width + j] * inner[j];
+            float logit = gate.reuse_bias[at] + dot(gate.reuse_up + at * width, inner.data(), width);
             for (int64_t j = 0; j < features; j++)
                 logit += gate.reuse_shared[window * features + j] * known[i * features + j];
             reuse[at] = sigmoid(logit);

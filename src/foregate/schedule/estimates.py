@@ -16,7 +16,9 @@ LEAST = 0.001  # that a use does not come is never less probable
 PRIOR = 4.0  # squared probability: how much predictions as given are worth against what was observed
 JUDGED = 11  # one call in so many is compared with what was said of it; coprime to most numbers of layers
 FADE = 0.998  # of what was observed, a layer call
-LOSS = 0.3  # of a load: what a wrong prefetch costs by what it evicted
+EVICTED = 0.15  # of a load: what a wrong prefetch costs by what it evicted,
+DELAYED = 0.35  # and by delaying others, where so many of them stand in line:
+LINE = 8
 GIVE_UP = 0.5  # of the probability that starts a prefetch: with less it is given up
 UNKNOWN = 0.5  # least probability of a prefetch before any load was timed
 BLOCK, REST, LONGEST_REST = 8, 16, 256  # tokens between decisions to listen, and of silence after one not to
@@ -39,11 +41,12 @@ class Average:
 
 
 class Pace:
-    """Seconds of a load and of a layer's call without its waiting."""
+    """Seconds of a load and of a layer's call without its waiting, and how much of the time the link works."""
 
     def __init__(self) -> None:
         self._load, self._layer = Average(), Average()
-        self._last_call, self._waited = None, 0.0
+        self._last_call, self._waited, self._worked = None, 0.0, 0.0
+        self._time, self._work = Average(FADE), Average(FADE)  # of a call, the former with its waiting
 
     @property
     def load_seconds(self) -> float:
@@ -53,13 +56,21 @@ class Pace:
     def layer_seconds(self) -> float:
         return self._layer.value
 
+    @property
+    def occupancy(self) -> float:
+        """The share of the time, 0 to 1, that the link works."""
+        return min(self._work.value / self._time.value, 1.0) if self._time.value else 0.0
+
     def load(self, seconds: float) -> None:
         self._load.add(seconds)
+        self._worked += seconds
 
     def layer_call(self, now: float) -> None:
         if self._last_call is not None:
             self._layer.add(max(now - self._last_call - self._waited, 0.0))
-        self._last_call, self._waited = now, 0.0
+            self._time.add(now - self._last_call)
+            self._work.add(self._worked)
+        self._last_call, self._waited, self._worked = now, 0.0, 0.0
 
     def waited(self, seconds: float) -> None:
         self._waited += seconds
@@ -67,13 +78,13 @@ class Pace:
     def least_probability(self, distance: float) -> float:
         """From which probability on a prefetch for a layer so many calls ahead is expected to save time.
 
-        Right, it hides what the link does until then, at most a load; wrong, it loses LOSS of one: p * hidden =
-        (1 - p) * lost.
+        Right, it hides what the link does until then, at most a load; wrong, it costs what it evicted and delays what
+        stands behind it, until the link would have been idle: p * hidden = (1 - p) * lost.
         """
         load = self.load_seconds
         if not load:
             return UNKNOWN
-        lost = LOSS * load
+        lost = (EVICTED + DELAYED * self.occupancy**LINE) * load
         return lost / (min(distance * self.layer_seconds, load) + lost)
 
 

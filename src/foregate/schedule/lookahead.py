@@ -14,7 +14,9 @@ import numpy as np
 
 from foregate.schedule.base import GATES, Action, ExpertKey, Prediction, Scheduler, Shape
 from foregate.schedule.estimates import GIVE_UP, JUDGED, Calibration, Discount, Pace, ReuseEstimate, Worth
-from foregate.schedule.urgency import Need
+from foregate.schedule.urgency import Need, by_urgency
+
+CANDIDATES = 16  # for a prefetch, after a prediction
 
 
 class LookaheadScheduler(Scheduler):
@@ -24,7 +26,8 @@ class LookaheadScheduler(Scheduler):
 
     def __init__(self, slots: int, shape: Shape) -> None:
         super().__init__(slots, shape)
-        layers, size = shape.layers, (shape.layers, max(shape.experts))
+        layers, self._width = shape.layers, max(shape.experts)
+        size = layers, self._width
         self._discount = Discount(slots, shape)
         self._reuse = ReuseEstimate(shape, self._discount)
         self._skip = self._reuse.skip.copy()  # the same with what gates say of the next call
@@ -120,8 +123,8 @@ class LookaheadScheduler(Scheduler):
     def victim(self) -> ExpertKey | None:
         if self._stale:
             self._refresh()
-        key = divmod(int(self._leaving.argmin()), self._leaving.shape[1])
-        return key if self._leaving[key] < np.inf else None
+        place = int(self._leaving.argmin())
+        return divmod(place, self._width) if self._leaving.item(place) < np.inf else None
 
     def may_prefetch(self) -> bool:
         """Beside the idle link: when there is news, and one prefetch under way that may be less urgent."""
@@ -143,13 +146,17 @@ class LookaheadScheduler(Scheduler):
         return None
 
     def _most_urgent(self) -> ExpertKey | None:
-        """Of the candidates, those left out that are worth less than what would have to go."""
+        """The last candidate, when those that are worth less than what would have to go are struck off."""
         least = -np.inf
         if not self._free:
             victim = self.victim()
             least = np.inf if victim is None else self._value[victim]
-        absent = (key for key in reversed(self._candidates) if key not in self._slot_of)
-        return next((key for key in absent if self._value[key] > least), None)
+        while self._candidates:
+            key = self._candidates[-1]
+            if key not in self._slot_of and self._value[key] > least:
+                return key
+            self._candidates.pop()
+        return None
 
     def prefetch_slot(self, key: ExpertKey) -> int | None:
         if not self._free:
@@ -169,18 +176,17 @@ class LookaheadScheduler(Scheduler):
         return sorted(keys, key=self._value.__getitem__, reverse=True)
 
     def _worth_fetching(self) -> list[ExpertKey]:
-        """What gates expect, is absent and worth a load; what is most urgent comes last, of equals the likelier one."""
+        """What gates expect, is not resident and worth a load; what is most urgent comes last."""
         aims, skip = self._latest
         probable = skip <= aims.most
+        probable &= self._away.ravel()[aims.places] > 0.0
         if passed := self._calls - self._heard:
             probable &= aims.distances > passed
-        probable = probable.nonzero()[0].tolist()
-        found = [key for key in map(aims.keys.__getitem__, probable) if key not in self._slot_of]
-        if len(found) > 1:
-            load = self._pace.load_seconds
-            needs = {key: self._need(key) for key in found}
-            found.sort(key=lambda key: (needs[key].delayed(load), needs[key].chance, -needs[key].due))
-        return found
+        places = probable.nonzero()[0]
+        if len(places) > 1:
+            due = (aims.distances[places] - passed - 0.5) * self._pace.layer_seconds
+            places = places[by_urgency(1.0 - skip[places], due, self._pace.load_seconds)]
+        return [aims.keys[place] for place in places[-CANDIDATES:].tolist()]
 
     def _need(self, key: ExpertKey, left: float | None = None) -> Need:
         """left: seconds of the link's work, if some of it is done. The layer at work is taken to be half through."""

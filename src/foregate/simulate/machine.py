@@ -18,10 +18,12 @@ class Machine:
     expert_seconds: float = 0.0  # one expert on one token
     call_seconds: float = 0.0  # fixed cost of one kernel call, whatever its experts
     token_seconds: float = 0.0  # embedding, head, sampling
+    start_seconds: float = 0.0  # of them: after the token is known and gates were asked about it
     gate_seconds: float = 0.0  # one prediction
 
     def __post_init__(self) -> None:
-        if self.record_bytes < 1 or self.chunk_bytes < 1 or self.readers < 1 or not self.link_bandwidth > 0:
+        sizes_fit = self.record_bytes >= 1 and self.chunk_bytes >= 1 and self.readers >= 1 and self.link_bandwidth > 0
+        if not sizes_fit or self.start_seconds > self.token_seconds:
             raise ValueError(f"no such machine: {self}")
 
     @property

@@ -81,8 +81,9 @@ class _Run:
     def call(self, call: Call) -> None:
         machine, layer = self.machine, call.layer
         if layer == 0:
-            self.compute(machine.token_seconds)
-        self.predict(call.before)
+            self.compute(machine.token_seconds - machine.start_seconds)
+            self.predict(call.before)
+            self.compute(machine.start_seconds)
         self.compute(machine.layer_seconds)
         self.count(call)
         self.carry_out(self.scheduler.routed(layer, call.experts, self.now, call.tokens))
