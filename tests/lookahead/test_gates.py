@@ -107,7 +107,7 @@ def test_older_gates_stay_when_writing_fails(gates: LookaheadGates, small_disk: 
 
 
 def test_reuse_heads_have_an_eighth_of_the_width_in_whole_eights() -> None:
-    widths = {width: replace(HEADER, width=width).reuse_width for width in (0, 8, 64, 65, 120, 256, 512)}
-    assert widths == {0: 8, 8: 8, 64: 8, 65: 16, 120: 16, 256: 32, 512: 64}
+    widths = {width: replace(HEADER, width=width).reuse_width for width in (0, 8, 64, 120, 128, 256, 512)}
+    assert widths == {0: 8, 8: 8, 64: 8, 120: 8, 128: 16, 256: 32, 512: 64}
     head = replace(HEADER, width=512).new_gate(0).reuse
     assert head.down.shape == (64, LAYERS[0].input_size)

@@ -5,7 +5,6 @@ what they were trained on. It lies in a store but depends on the model only, not
 """
 
 import json
-import math
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -43,7 +42,7 @@ class GatesHeader:
     @property
     def reuse_width(self) -> int:
         """Hidden values of every reuse head: an eighth of the gates', in whole vectors of 8."""
-        return max(math.ceil(self.width / 64), 1) * 8
+        return max(self.width // 64, 1) * 8
 
     def source_name(self, source: int) -> str:
         """Prefix of a source's tensors."""

@@ -16,10 +16,10 @@ LEAST = 0.001  # that a use does not come is never less probable
 PRIOR = 4.0  # squared probability: how much predictions as given are worth against what was observed
 JUDGED = 11  # one call in so many is compared with what was said of it; coprime to most numbers of layers
 FADE = 0.998  # of what was observed, a layer call
-EVICTED = 0.15  # of a load: what a wrong prefetch costs by what it evicted,
-DELAYED = 0.35  # and by delaying others, where so many of them stand in line:
-LINE = 8
-GIVE_UP = 0.5  # of the probability that starts a prefetch: with less it is given up
+EVICTED = 0.13  # of a load: what a wrong prefetch costs by what it evicted,
+DELAYED = 0.37  # and by delaying others, where so many of them stand in line:
+LINE = 4
+GIVE_UP = 0.3  # of the probability that starts a prefetch: with less it is given up
 UNKNOWN = 0.5  # least probability of a prefetch before any load was timed
 BLOCK, REST, LONGEST_REST = 8, 16, 256  # tokens between decisions to listen, and of silence after one not to
 CLEARLY, TRIAL = 5.0, 256  # times the gates' time that needs no trial, and tokens that one holds for
@@ -46,7 +46,7 @@ class Pace:
     def __init__(self) -> None:
         self._load, self._layer = Average(), Average()
         self._last_call, self._waited, self._worked = None, 0.0, 0.0
-        self._time, self._work = Average(FADE), Average(FADE)  # of a call, the former with its waiting
+        self._time = self._work = 0.0  # sums that fade, of calls with their waiting and of the link's work
 
     @property
     def load_seconds(self) -> float:
@@ -59,7 +59,7 @@ class Pace:
     @property
     def occupancy(self) -> float:
         """The share of the time, 0 to 1, that the link works."""
-        return min(self._work.value / self._time.value, 1.0) if self._time.value else 0.0
+        return min(self._work / self._time, 1.0) if self._time else 0.0
 
     def load(self, seconds: float) -> None:
         self._load.add(seconds)
@@ -68,8 +68,8 @@ class Pace:
     def layer_call(self, now: float) -> None:
         if self._last_call is not None:
             self._layer.add(max(now - self._last_call - self._waited, 0.0))
-            self._time.add(now - self._last_call)
-            self._work.add(self._worked)
+            self._time = self._time * FADE + now - self._last_call
+            self._work = self._work * FADE + self._worked
         self._last_call, self._waited, self._worked = now, 0.0, 0.0
 
     def waited(self, seconds: float) -> None:

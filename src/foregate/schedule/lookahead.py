@@ -147,16 +147,20 @@ class LookaheadScheduler(Scheduler):
 
     def _most_urgent(self) -> ExpertKey | None:
         """The last candidate, when those that are worth less than what would have to go are struck off."""
-        least = -np.inf
-        if not self._free:
-            victim = self.victim()
-            least = np.inf if victim is None else self._value[victim]
+        least = self._least_value()
         while self._candidates:
             key = self._candidates[-1]
             if key not in self._slot_of and self._value[key] > least:
                 return key
             self._candidates.pop()
         return None
+
+    def _least_value(self) -> float:
+        """Of what would have to go for a record."""
+        if self._free:
+            return -np.inf
+        victim = self.victim()
+        return np.inf if victim is None else self._value[victim]
 
     def prefetch_slot(self, key: ExpertKey) -> int | None:
         if not self._free:
@@ -176,13 +180,16 @@ class LookaheadScheduler(Scheduler):
         return sorted(keys, key=self._value.__getitem__, reverse=True)
 
     def _worth_fetching(self) -> list[ExpertKey]:
-        """What gates expect, is not resident and worth a load; what is most urgent comes last."""
+        """What gates expect, is not resident and worth a load and a slot; what is most urgent comes last."""
         aims, skip = self._latest
         probable = skip <= aims.most
         probable &= self._away.ravel()[aims.places] > 0.0
         if passed := self._calls - self._heard:
             probable &= aims.distances > passed
         places = probable.nonzero()[0]
+        if len(places):
+            least = self._least_value()  # brings values up to date
+            places = places[self._value.ravel()[aims.places][places] > least]
         if len(places) > 1:
             due = (aims.distances[places] - passed - 0.5) * self._pace.layer_seconds
             places = places[by_urgency(1.0 - skip[places], due, self._pace.load_seconds)]
