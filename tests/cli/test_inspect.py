@@ -49,7 +49,7 @@ def test_the_demo_as_text_and_json(prints: Run, demo_store: Path) -> None:
     lines = dict(line.split(maxsplit=1) for line in prints("inspect", demo_store).splitlines())
     assert lines["model"] == "MixtralForCausalLM (mixtral)"
     assert lines["experts"] == "96: 12 MoE layers of 8, 2 used per token"
-    assert lines["gates"].startswith("3 layers ahead, width 512, 4.1 MiB, recall 0.93 / 0.88 / 0.8")
+    assert lines["gates"].startswith("3 layers ahead, width 512, 4.5 MiB, recall 0.93 / 0.88 / 0.8")
     facts = json.loads(prints("inspect", demo_store, "--json"))
     assert facts["kind"] == "store"
     recalls = [s["recall"][0] for s in sources(demo_store) if s["name"] != "token"]
