@@ -41,7 +41,7 @@ class GatesHeader:
 
     @property
     def reuse_width(self) -> int:
-        """Hidden values of every reuse head: an eighth of the gates', in whole vectors of 8."""
+        """Hidden values of every reuse head: an eighth of the gates', in whole vectors of 8, at least one."""
         return max(self.width // 64, 1) * 8
 
     def source_name(self, source: int) -> str:
