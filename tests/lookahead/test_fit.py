@@ -79,13 +79,13 @@ def test_a_hard_target_takes_nothing_from_an_easy_one() -> None:
     assert exact.grad.isfinite().all()
 
 
-@pytest.mark.parametrize(("scale", "shift"), [(0.7, -0.4), (3.0, 0.8)])
+@pytest.mark.parametrize(("scale", "shift"), [(0.7, -0.4), (3.0, 0.8), (20.0, -1.0)])
 def test_calibration_finds_scale_and_shift(scale: float, shift: float) -> None:
     torch.manual_seed(0)
     margins = torch.randn(50_000, dtype=torch.float64) * 2
     wanted = torch.bernoulli(torch.sigmoid(scale * margins + shift))
     found = logistic_fit(margins, wanted)
-    assert found == pytest.approx((scale, shift), abs=0.08)
+    assert found == pytest.approx((scale, shift), rel=0.1, abs=0.08)
     probabilities = torch.sigmoid(found[0] * margins + found[1])
     chosen = torch.where(wanted > 0, 0, -1)[:, None]  # one expert, taken or not
     errors = [

@@ -439,6 +439,19 @@ def test_a_paced_link_is_even_and_saves_up_no_credit(opened: Store, make_link: M
         time.sleep(0.2)
 
 
+def test_a_paced_link_is_free_for_demand_every_half_millisecond(
+    opened: Store, make_link: MakeLink, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes: list[int] = []
+    carry = DiskToHost.carry
+    monkeypatch.setattr(DiskToHost, "carry", lambda self, *piece: sizes.append(piece[-1]) or carry(self, *piece))
+    link, listener = make_link(chunk_bytes=1 << 20, bandwidth=20e6)
+    link.submit(Load((0, 0), 0))
+    listener.wait(1)
+    assert sum(sizes) == opened.record_bytes
+    assert max(sizes) == 8192  # whole pages of the 10,000 bytes that take so long
+
+
 def test_a_record_takes_the_latency_longer(make_link: MakeLink) -> None:
     link, listener = make_link(latency=0.02)  # of a link that is otherwise as fast as it can be
     start = time.perf_counter()

@@ -34,6 +34,7 @@ FALL_OFF = 2.0  # of an expert's weight in the loss, per spread of a row's score
 FAR_WEIGHT = 0.05  # down to this; at the boundary it is 1.05
 LEAST_DISTANCE = 1e-4  # a target that is met this well no longer counts for more
 NEWTON_STEPS = 50
+PULL = 1e-3  # rows, and few: a stronger pull blunts the probabilities of gates that are sure
 CALIBRATION_BINS = 15
 
 
@@ -123,7 +124,7 @@ def logistic_fit(margins: torch.Tensor, wanted: torch.Tensor) -> tuple[float, fl
     spread = spread or 1.0
     x = torch.stack([margins / spread, torch.ones_like(margins)])
     value = prior = torch.tensor([1.0, 0.0], dtype=torch.float64)
-    pull = 1e-4 * len(margins) * torch.eye(2, dtype=torch.float64)
+    pull = PULL * torch.eye(2, dtype=torch.float64)
 
     def loss(at: torch.Tensor) -> torch.Tensor:
         fit = functional.binary_cross_entropy_with_logits(at @ x, wanted, reduction="sum")

@@ -14,7 +14,7 @@ from foregate.memory.meter import Meter, Pacer
 from foregate.memory.transfers import Chunk, Transfer, TransferQueue
 from foregate.schedule import Load
 
-PACED_CHUNK_SECONDS = 0.01  # of link time at most, so that a slow link too is paced evenly and soon free for demand
+PACED_CHUNK_SECONDS = 0.0005  # of link time at most, so that a slow link too is paced evenly and soon free for demand
 
 
 @dataclass(frozen=True)

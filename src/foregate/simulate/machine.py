@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-PACED_CHUNK_SECONDS = 0.01  # of link time in a chunk at most, as on the engine's own slow links
+from foregate.memory.link import PACED_CHUNK_SECONDS
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,9 @@ class Machine:
 
     @property
     def chunk_seconds(self) -> float:
-        """The time after which a load may be overtaken by a more urgent one, its share of the latency included."""
+        """The time after which a load may be overtaken by a more urgent one, its share of the latency included.
+
+        On a slow link that is sooner than `chunk_bytes` say, as on the engine's own.
+        """
         chunk_bytes = min(self.chunk_bytes, PACED_CHUNK_SECONDS * self.link_bandwidth)
         return self.load_seconds * min(1.0, chunk_bytes / self.record_bytes)
