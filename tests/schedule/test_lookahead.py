@@ -174,7 +174,7 @@ def test_calibration_finds_how_far_a_prediction_is_to_be_believed(true: float, s
     """Without the prediction .2 are expected, with it .9."""
     random, calibration = np.random.default_rng(0), Calibration(1)
     for _ in range(3000):
-        calibration.learn(0, np.full(8, 0.9), np.full(8, 0.2), np.flatnonzero(random.random(8) < true))
+        calibration.learn([(0, np.full(8, 0.9))], np.full(8, 0.2), np.flatnonzero(random.random(8) < true))
     assert calibration.share[0] == pytest.approx(share, abs=0.1)
 
 
@@ -211,7 +211,7 @@ def paced(calls_a_load: int) -> Pace:
 def test_a_prefetch_must_be_likelier_the_less_it_can_hide() -> None:
     pace = paced(calls_a_load=400)
     assert pace.layer_seconds == pytest.approx(0.005)
-    near, far, farther = (pace.least_probability(distance) for distance in (1.0, 4.0, 400.0))
+    near, far, farther = pace.least_probability(np.array([1.0, 4.0, 400.0]))
     assert near > far > farther
     assert near == pytest.approx(EVICTED * 0.040 / (0.005 + EVICTED * 0.040))
     assert farther == pytest.approx(EVICTED / (1 + EVICTED))
@@ -221,9 +221,11 @@ def test_a_prefetch_must_be_likelier_the_busier_the_link_is() -> None:
     idle, half, busy = paced(calls_a_load=400), paced(calls_a_load=8), paced(calls_a_load=4)
     assert half.occupancy == pytest.approx(0.5, rel=0.05)
     assert busy.occupancy == pytest.approx(1.0, rel=0.01)
-    assert idle.least_probability(1) < half.least_probability(1) < busy.least_probability(1)
+    distances = np.array([1.0, 400.0])
+    least = [pace.least_probability(distances) for pace in (idle, half, busy)]
+    assert least[0][0] < least[1][0] < least[2][0]
     lost = EVICTED + DELAYED
-    assert busy.least_probability(400) == pytest.approx(lost / (1 + lost), rel=0.05)
+    assert least[2][1] == pytest.approx(lost / (1 + lost), rel=0.05)
 
 
 def test_gates_that_cost_more_than_there_is_to_save_rest_longer_and_longer() -> None:

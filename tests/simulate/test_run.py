@@ -131,7 +131,9 @@ def test_a_demand_load_waits_for_the_chunk_at_work_and_the_prefetch_goes_on() ->
     outcome = run(token(0, 2), fetching((1, 1)), MACHINE)
     assert outcome.seconds == pytest.approx((0.0001 + 0.0010 + 0.0002) + 0.0001 + 0.00015 + 0.0010 + 0.0002)
     assert (outcome.prefetches.started, outcome.prefetches.late, outcome.loads) == (1, 0, 3)
-    assert outcome.link_seconds == pytest.approx(0.0010 + 0.00025 + 0.0010 + 0.0002)  # the prefetch goes on beside compute
+    assert outcome.link_seconds == pytest.approx(
+        0.0010 + 0.00025 + 0.0010 + 0.0002
+    )  # the prefetch goes on beside compute
 
 
 def test_a_slow_link_can_be_overtaken_every_half_millisecond() -> None:

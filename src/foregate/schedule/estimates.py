@@ -1,6 +1,5 @@
 """What the lookahead policy learns while it runs: when experts come back, whom to believe, and what time costs."""
 
-from array import array
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,7 +10,7 @@ from foregate.schedule.base import Shape
 LATER = np.array([2.0, 8.5, 48.0])  # tokens after the next, of a use that falls after each of the heads' windows
 HALF_LIVES = (32.0, 4.0)  # tokens, of the decayed frequencies
 LONGEST = 4096.0  # tokens that a record is expected to stay at most
-RESCALE = 1e100  # the unit that frequencies are kept in at most
+NEVER_ZERO = 1e-30  # a frequency that fades away would become a number that processors are slow with
 LEAST = 0.001  # that a use does not come is never less probable
 PRIOR = 4.0  # squared probability: how much predictions as given are worth against what was observed
 JUDGED = 11  # one call in so many is compared with what was said of it; coprime to most numbers of layers
@@ -75,17 +74,17 @@ class Pace:
     def waited(self, seconds: float) -> None:
         self._waited += seconds
 
-    def least_probability(self, distance: float) -> float:
-        """From which probability on a prefetch for a layer so many calls ahead is expected to save time.
+    def least_probability(self, distance: np.ndarray) -> np.ndarray:
+        """From which probability on a prefetch for a layer so many calls ahead is expected to save time; float [n] both.
 
         Right, it hides what the link does until then, at most a load; wrong, it costs what it evicted and delays what
         stands behind it, until the link would have been idle: p * hidden = (1 - p) * lost.
         """
         load = self.load_seconds
         if not load:
-            return UNKNOWN
+            return np.full(distance.shape, UNKNOWN)
         lost = (EVICTED + DELAYED * self.occupancy**LINE) * load
-        return lost / (min(distance * self.layer_seconds, load) + lost)
+        return lost / (np.minimum(distance * self.layer_seconds, load) + lost)
 
 
 class Discount:
@@ -134,15 +133,20 @@ class Calibration:
         self.explained = [0.0] * kinds  # share of the squared error of what was expected anyway
         self._sums = [(PRIOR, PRIOR, PRIOR)] * kinds  # moved squared, moved times error, error squared
 
-    def learn(self, kind: int, given: np.ndarray, expected: np.ndarray, chosen: Sequence[int]) -> None:
-        """given, expected: probabilities [experts] by a prediction and without it, of a call that used `chosen`."""
-        moved, error = given - expected, -expected
+    def learn(self, said: Sequence[tuple[int, np.ndarray]], expected: np.ndarray, chosen: Sequence[int]) -> None:
+        """Judge what was `said` of a call that used `chosen`: kinds and probabilities [experts]; `expected`: without them."""
+        error, fade = -expected, FADE**JUDGED
         error[chosen] += 1.0
-        fade, now = FADE**JUDGED, (moved @ moved, moved @ error, error @ error)
-        self._sums[kind] = sums = tuple(fade * old + float(new) for old, new in zip(self._sums[kind], now, strict=True))
-        squares, shared, errors = sums
-        self.share[kind] = share = max(shared / squares, 0.0)
-        self.explained[kind] = share * shared / errors
+        unforeseen = float(error.dot(error))
+        for kind, given in said:
+            moved = given - expected
+            squares, shared, errors = self._sums[kind]
+            squares = squares * fade + float(moved.dot(moved))
+            shared = shared * fade + float(moved.dot(error))
+            errors = errors * fade + unforeseen
+            self._sums[kind] = squares, shared, errors
+            self.share[kind] = share = max(shared / squares, 0.0)
+            self.explained[kind] = share * shared / errors
 
 
 class ReuseEstimate:
@@ -202,41 +206,37 @@ class ReuseEstimate:
 
     def _by_frequency(self, layer: int) -> None:
         """With the same probability in every call the discounted uses are a geometric series."""
-        uses, later = self._frequency.of(layer), self._discount.token
-        np.subtract(1.0, uses, out=self._skip_rows[layer])
-        uses *= later
-        uses += 1.0 - later
-        np.divide(1.0 - later, uses, out=self._lost_rows[layer])
+        skip, lost, later = self._skip_rows[layer], self._lost_rows[layer], self._discount.token
+        np.subtract(1.0, self._frequency.of(layer), out=skip)
+        np.multiply(skip, later, out=lost)
+        np.subtract(1.0, lost, out=lost)
+        np.divide(1.0 - later, lost, out=lost)
 
 
 class Frequency:
-    """Share of a layer's calls that use an expert, older calls counting less.
-
-    Kept in a unit that grows from token to token, so that only the experts that are used are touched.
-    """
+    """Share of a layer's calls that use an expert, older calls counting less."""
 
     def __init__(self, shape: Shape, half_life: float) -> None:
         self.name = f"frequency with a half-life of {half_life:g} tokens"
-        self._growth, self._unit = 2.0 ** (1 / half_life), 1.0
-        # Times the unit; as Python's arrays, which are fast to add to, and NumPy's views of them.
-        self._values = [array("d", [k / n]) * n for n, k in zip(shape.experts, shape.top_k, strict=True)]
-        self._views = [np.frombuffer(values) for values in self._values]
+        self._kept = 0.5 ** (1 / half_life)  # from token to token
+        self._shares = np.zeros((shape.layers, max(shape.experts)))
+        self._rows = [row[:experts] for row, experts in zip(self._shares, shape.experts, strict=True)]
+        for row, k in zip(self._rows, shape.top_k, strict=True):
+            row[:] = k / len(row)
+        self._cells = [memoryview(row) for row in self._rows]  # the same, faster where few are touched
 
     def add(self, layer: int, experts: Sequence[int]) -> None:
         """The layer's call used these experts. A call of layer 0 starts a token."""
         if layer == 0:
-            self._unit *= self._growth
-            if self._unit > RESCALE:
-                for values in self._views:
-                    values /= self._unit
-                self._unit = 1.0
-        values, one_use = self._values[layer], self._unit * (1 - 1 / self._growth)
+            self._shares *= self._kept
+            self._shares += NEVER_ZERO
+        cells, one_use = self._cells[layer], 1 - self._kept
         for expert in experts:
-            values[expert] += one_use
+            cells[expert] += one_use
 
     def of(self, layer: int) -> np.ndarray:
-        """The shares, float [experts], in an array of its own."""
-        return self._views[layer] / self._unit
+        """The shares, float [experts], to be read only."""
+        return self._rows[layer]
 
 
 def expected_loss(reuse: np.ndarray, after_windows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -317,4 +317,5 @@ class Worth:
 
 def _squared_error(probabilities: np.ndarray, experts: Sequence[int]) -> float:
     """Mean of (probability - whether the expert was used)², the part that all predictors share left out."""
-    return float(probabilities @ probabilities - 2 * probabilities[experts].sum()) / len(probabilities)
+    right = sum(probabilities[experts].tolist())
+    return (float(probabilities.dot(probabilities)) - 2 * right) / len(probabilities)

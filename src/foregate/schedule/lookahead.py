@@ -40,10 +40,12 @@ class LookaheadScheduler(Scheduler):
         self._candidates: list[ExpertKey] | None = []  # worth a prefetch, the most urgent last; None: to be found
         self._aims: dict[tuple[int, bool, bool], _Aims] = {}  # by the source of a prediction
         self._calibration = Calibration(_guess_kind(shape) + 1)
-        # Layer whose next call is judged -> kind, what a prediction gave, what was expected without it.
-        self._said: dict[int, list[tuple[int, np.ndarray, np.ndarray]]] = {}
+        self._said: dict[
+            int, list[tuple[int, np.ndarray]]
+        ] = {}  # layer whose next call is judged -> kind, what it gave
         self._pace, self._worth = Pace(), Worth()
-        self._least = [0.0] * (layers + 1)  # probability of a prefetch, by distance
+        self._distances = np.arange(layers + 1.0)
+        self._least = np.zeros(layers + 1)  # probability of a prefetch, by distance
         self._layer, self._calls = layers - 1, -1  # that was routed last; its number
 
     # -- events ---------------------------------------------------------------------------------------------------
@@ -61,11 +63,7 @@ class LookaheadScheduler(Scheduler):
         if self._candidates:
             self._candidates = [key for key in self._candidates if key[0] != layer]
         actions = self._give_up_wrong(layer, experts) if self._loading else []
-        in_time, late = self.prefetches.in_time, self.prefetches.late
-        actions += super().routed(layer, experts, now, tokens)
-        saved = (self.prefetches.in_time - in_time) + (self.prefetches.late - late) / 2
-        self._worth.saved(saved * self._pace.load_seconds)
-        return actions
+        return actions + super().routed(layer, experts, now, tokens)
 
     def predicted(self, prediction: Prediction, now: float = 0.0) -> list[Action]:
         self._worth.spent(prediction.seconds)
@@ -173,6 +171,10 @@ class LookaheadScheduler(Scheduler):
     def evicted(self, key: ExpertKey) -> None:
         self._away[key] = self._leaving[key] = np.inf
 
+    def _count_use(self, key: ExpertKey, late: bool) -> None:
+        super()._count_use(key, late)
+        self._worth.saved(self._pace.load_seconds / (2 if late else 1))
+
     def worth_loading(self, keys: list[ExpertKey]) -> list[ExpertKey]:
         if self._stale:
             self._refresh()
@@ -182,7 +184,8 @@ class LookaheadScheduler(Scheduler):
     def _worth_fetching(self) -> list[ExpertKey]:
         """What gates expect, is not resident and worth a load and a slot; what is most urgent comes last."""
         aims, skip = self._latest
-        probable = skip <= aims.most
+        chance = 1.0 - skip
+        probable = chance >= self._least.take(aims.distances)
         probable &= self._away.ravel()[aims.places] > 0.0
         if passed := self._calls - self._heard:
             probable &= aims.distances > passed
@@ -192,7 +195,7 @@ class LookaheadScheduler(Scheduler):
             places = places[self._value.ravel()[aims.places][places] > least]
         if len(places) > 1:
             due = (aims.distances[places] - passed - 0.5) * self._pace.layer_seconds
-            places = places[by_urgency(1.0 - skip[places], due, self._pace.load_seconds)]
+            places = places[by_urgency(chance[places], due, self._pace.load_seconds)]
         return [aims.keys[place] for place in places[-CANDIDATES:].tolist()]
 
     def _need(self, key: ExpertKey, left: float | None = None) -> Need:
@@ -225,15 +228,14 @@ class LookaheadScheduler(Scheduler):
     def _next_token(self) -> None:
         self._worth.next_token()
         self._discount.renew()
-        self._least = [self._pace.least_probability(distance) for distance in range(self.shape.layers + 1)]
-        for aims in self._aims.values():
-            aims.demand_at_least(self._least)
+        self._least = self._pace.least_probability(self._distances)
 
     def _learn(self, layer: int, experts: list[int], tokens: int) -> None:
         """Compare what was expected of this call with what came. A call for several tokens says nothing about it."""
-        for kind, given, expected in self._said.pop(layer, ()):
-            if tokens == 1:
-                self._calibration.learn(kind, given, expected, experts)
+        said = self._said.pop(layer, None)
+        if said and tokens == 1:
+            expected = 1.0 - self._reuse.skip[layer, : self.shape.experts[layer]]
+            self._calibration.learn(said, expected, experts)
         self._reuse.routed(layer, experts, judge=tokens == 1 and self._calls % JUDGED == 0)
 
     def _listen(self, prediction: Prediction) -> None:
@@ -247,7 +249,7 @@ class LookaheadScheduler(Scheduler):
         skip = np.concatenate([guess, *parts[1:]] if by_guess else parts, dtype=np.float64)
         skip += anyway
         skip -= 1.0
-        skip *= self._calibration.share[aims.kinds]
+        skip *= self._calibration.share.take(aims.kinds)
         np.subtract(anyway, skip, out=skip)
         np.maximum(skip, 0.0, out=skip)  # timid gates may be taken for more than certain
         self._skip.ravel()[aims.places] = skip
@@ -257,11 +259,10 @@ class LookaheadScheduler(Scheduler):
         """Keep what is said of those of the coming calls that are judged."""
         for place in range(JUDGED - 1 - self._calls % JUDGED, len(prediction.ahead), JUDGED):
             target, given = prediction.ahead[place]
-            expected = 1.0 - self._reuse.skip[target, : len(given)]
-            notes = self._said.setdefault(target, [])
-            notes.append((_kind(prediction, place, self.shape), given, expected))
+            said = self._said.setdefault(target, [])
+            said.append((_kind(prediction, place, self.shape), given))
             if guess is not None and place == 0:
-                notes.append((_guess_kind(self.shape), guess, expected))
+                said.append((_guess_kind(self.shape), guess))
 
     def _guess_is_better(self) -> bool:
         return self._calibration.explained[_guess_kind(self.shape)] > self._calibration.explained[0]
@@ -269,18 +270,17 @@ class LookaheadScheduler(Scheduler):
     def _aims_of(self, prediction: Prediction, by_guess: bool) -> "_Aims":
         source = prediction.layer, prediction.token, by_guess
         if source not in self._aims:
-            aims = self._aims[source] = _Aims(prediction, self.shape, by_guess)
-            aims.demand_at_least(self._least)
+            self._aims[source] = _Aims(prediction, self.shape, by_guess)
         return self._aims[source]
 
     def _refresh(self) -> None:
-        value = self._value
+        value, leaving = self._value, self._leaving
         np.multiply(self._skip, self._reuse.lost, out=value)
         np.subtract(1.0, value, out=value)
         value *= self._discount.after(self._layer)
-        np.add(value, self._away, out=self._leaving)
+        np.add(value, self._away, out=leaving)
         for key in self._needed:
-            self._leaving[key] = np.inf
+            leaving[key] = np.inf
         self._stale = False
 
 
@@ -312,7 +312,3 @@ class _Aims:
         places = np.array([target * width + expert for target, expert in self.keys])  # in [layers, experts]
         in_a_row = bool((np.diff(places) == 1).all())
         self.places = slice(int(places[0]), int(places[-1]) + 1) if in_a_row else places  # slices need no copies
-
-    def demand_at_least(self, least: list[float]) -> None:
-        """Set the least probability of a prefetch for each value. least: by distance."""
-        self.most = 1.0 - np.array(least)[self.distances]  # that it is not used
