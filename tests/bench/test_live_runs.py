@@ -66,7 +66,7 @@ def test_reads_through_the_page_cache_are_no_benchmark(bench: Bench, monkeypatch
 
 def test_policies_on_a_device(demo_store: Path) -> None:
     bench = Bench(demo_store, SCRIPT, Place("simulated", threads=1))
-    (cell,) = bench_policies(bench, ["lru", "lookahead", "lookahead+host"], ["25%"], [20e6], repeats=1)
+    (cell,) = bench_policies(bench, ["lru", "lookahead", "lookahead+host"], ["25%"], [8e6], repeats=1)
     lru, lookahead, placed = cell
     assert placed["bytes_per_token"] < lookahead["bytes_per_token"] < 2 * lru["bytes_per_token"]
     assert all(run["prompt_seconds"] > 0 for row in cell for run in row["runs"])
