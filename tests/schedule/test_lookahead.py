@@ -19,6 +19,7 @@ from foregate.schedule.estimates import (
     REST,
     Calibration,
     Discount,
+    Frequency,
     Pace,
     ReuseEstimate,
     Worth,
@@ -153,12 +154,15 @@ def test_worth_by_frequency_is_a_geometric_series() -> None:
         assert lost == pytest.approx(1 - later, rel=1e-3)
 
 
-def test_frequencies_survive_the_rescaling_of_their_unit() -> None:
-    """In numbers that grow with every token they would overflow after some 30,000."""
-    reuse = ReuseEstimate(Shape((3,), (1,)), discount(8.0, layers=1))
-    for _ in range(40_000):
-        reuse.routed(0, [1], judge=False)
-    assert 1 - reuse.skip[0] == pytest.approx([0, 1, 0], abs=2 * LEAST)
+def test_a_frequency_fades_by_half_and_never_to_what_processors_are_slow_with() -> None:
+    frequency = Frequency(Shape((3,), (1,)), half_life=4.0)
+    for _ in range(4):
+        frequency.add(0, [1])
+    assert frequency.of(0) == pytest.approx([1 / 6, 2 / 3, 1 / 6])
+    for _ in range(10_000):
+        frequency.add(0, [1])
+    assert frequency.of(0) == pytest.approx([0, 1, 0])
+    assert frequency.of(0).min() > np.finfo(float).tiny
 
 
 def test_a_residence_is_slots_over_loads() -> None:
