@@ -1,4 +1,4 @@
-"""What the gates are worth for eviction alone: misses of `lookahead` beside `lru` while a model writes.
+"""What the gates are worth for eviction alone: misses beside `lru` while a model writes and nothing is fetched ahead.
 
     python benchmarks/live_eviction.py STORE... --json OUT
 
@@ -13,9 +13,21 @@ import torch
 
 import foregate
 from foregate.model.generate import load_tokenizer
+from foregate.schedule import ExpertKey, register
+from foregate.schedule.lookahead import LookaheadScheduler
 
 BUDGETS = ("12.5%", "25%", "50%")
 PROMPTS = ("And the LORD said unto Moses,", "def read_header(path):", "Der Paketmanager")
+
+
+class EvictionAlone(LookaheadScheduler):
+    """`lookahead` that fetches nothing ahead, and asks the gates whether or not that is worth their time."""
+
+    def next_prefetch(self, now: float) -> ExpertKey | None:
+        return None
+
+    def wants_predictions(self) -> bool:
+        return True
 
 
 def run(store: Path, memory: str, policy: str, tokens: int) -> dict:
@@ -51,10 +63,11 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=256, help="written after each prompt")
     parser.add_argument("--json", type=Path, required=True)
     args = parser.parse_args()
+    register("eviction-alone", EvictionAlone)
     rows = []
     for store in args.stores:
         for memory in BUDGETS:
-            lru, gates = (run(store, memory, policy, args.tokens) for policy in ("lru", "lookahead"))
+            lru, gates = (run(store, memory, policy, args.tokens) for policy in ("lru", "eviction-alone"))
             assert lru.pop("ids") == gates.pop("ids"), "the text depends on the policy"
             rows += [{"store": store.name, "memory": memory, **row} for row in (lru, gates)]
             print(rows[-2], rows[-1], flush=True)
