@@ -78,7 +78,7 @@ def test_the_machine_of_steps() -> None:
             watch.steps.append(Step(layer, token > 0, now, foreseen, now + took, stall_seconds=0.004, kernels=kernels))
             watch.calls.append(Call(layer, (0,), after=predicted))
             now += took
-    machine = machine_of(watch, record_bytes=1000, link_bandwidth=1e6)
+    machine = machine_of(watch, record_bytes=1000, link_bandwidth=1e6, paced=False)
     assert machine.layer_seconds == pytest.approx(0.001 + 0.002)
     assert machine.token_seconds == pytest.approx(0.002)
     assert machine.start_seconds == pytest.approx(0.0005)

@@ -159,7 +159,7 @@ def test_a_frequency_fades_by_half_and_never_to_what_processors_are_slow_with() 
     for _ in range(4):
         frequency.add(0, [1])
     assert frequency.of(0) == pytest.approx([1 / 6, 2 / 3, 1 / 6])
-    for _ in range(10_000):
+    for _ in range(40_000):
         frequency.add(0, [1])
     assert frequency.of(0) == pytest.approx([0, 1, 0])
     assert frequency.of(0).min() > np.finfo(float).tiny

@@ -136,8 +136,10 @@ def test_a_demand_load_waits_for_the_chunk_at_work_and_the_prefetch_goes_on() ->
     )  # the prefetch goes on beside compute
 
 
-def test_a_slow_link_can_be_overtaken_every_half_millisecond() -> None:
-    assert replace(MACHINE, link_bandwidth=1e8).chunk_seconds == pytest.approx(0.0005)
+def test_a_paced_link_can_be_overtaken_every_half_millisecond() -> None:
+    slow = replace(MACHINE, link_bandwidth=1e8)
+    assert slow.chunk_seconds == pytest.approx(0.0005)
+    assert replace(slow, paced=False).chunk_seconds == pytest.approx(0.0025)  # a disk is read in whole chunks
 
 
 def test_every_reader_holds_a_chunk_that_cannot_be_overtaken() -> None:

@@ -77,7 +77,7 @@ class StepWatch(Recorder):
         self.steps[-1].end = time.perf_counter()
 
 
-def machine_of(watch: StepWatch, record_bytes: int, link_bandwidth: float) -> Machine:
+def machine_of(watch: StepWatch, record_bytes: int, link_bandwidth: float, *, paced: bool) -> Machine:
     """The machine whose mean times are those of the steps that count.
 
     What a step took beside kernels, waiting and predicting belongs to its layer, and so does the time since the step
@@ -99,6 +99,7 @@ def machine_of(watch: StepWatch, record_bytes: int, link_bandwidth: float) -> Ma
     return Machine(
         record_bytes=record_bytes,
         link_bandwidth=link_bandwidth,
+        paced=paced,
         layer_seconds=between + mean(inside),
         expert_seconds=expert_seconds,
         call_seconds=call_seconds,

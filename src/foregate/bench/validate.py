@@ -58,7 +58,7 @@ def validate(
                 setting, watch = Setting(policy, policy, budget, link), StepWatch()
                 live = bench.measure(replace(setting, future=future if policy in BOUNDS else None), watch)
                 moved = live.counts.bytes_moved / live.counts.link_seconds if live.counts.link_seconds else link or 1e9
-                machine = machine_of(watch, store.record_bytes, moved)
+                machine = machine_of(watch, store.record_bytes, moved, paced=link is not None)
                 slots = count_slots(budget, store.num_experts, store.top_k, store.record_bytes)
                 scheduler = make_scheduler(policy, slots, shape, future)
                 outcome = run(watch.calls, scheduler, machine, warm_up=1 + bench.script.warm_up)  # the prompt is one

@@ -127,6 +127,7 @@ def _machine(
     return Machine(
         record_bytes=max(round(record), 1),
         chunk_bytes=max(Machine.chunk_bytes, round(record) // CHUNKS),
+        paced=False,
         link_bandwidth=1 / seconds_a_byte,
         link_latency=each * ((1 - on_disk) * figures.link_latency + on_disk * figures.disk_latency),
         layer_seconds=step_bytes / layers / reached + figures.layer_seconds,

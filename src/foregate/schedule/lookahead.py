@@ -40,9 +40,8 @@ class LookaheadScheduler(Scheduler):
         self._candidates: list[ExpertKey] | None = []  # worth a prefetch, the most urgent last; None: to be found
         self._aims: dict[tuple[int, bool, bool], _Aims] = {}  # by the source of a prediction
         self._calibration = Calibration(_guess_kind(shape) + 1)
-        self._said: dict[
-            int, list[tuple[int, np.ndarray]]
-        ] = {}  # layer whose next call is judged -> kind, what it gave
+        # Layer whose next call is judged -> kind of a prediction, what it gave.
+        self._said: dict[int, list[tuple[int, np.ndarray]]] = {}
         self._pace, self._worth = Pace(), Worth()
         self._distances = np.arange(layers + 1.0)
         self._least = np.zeros(layers + 1)  # probability of a prefetch, by distance

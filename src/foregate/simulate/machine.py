@@ -13,6 +13,7 @@ class Machine:
     link_bandwidth: float  # bytes/s
     link_latency: float = 0.0  # fixed cost of a record
     chunk_bytes: int = 1 << 20  # that the link moves without looking for something more urgent
+    paced: bool = True  # whether it is slowed down to its bandwidth: then its chunks are as short as the engine's
     readers: int = 2  # chunks claimed at a time: the one at work and those to follow it
     layer_seconds: float = 0.0  # attention, router and all that is not experts, one layer and token
     expert_seconds: float = 0.0  # one expert on one token
@@ -33,9 +34,8 @@ class Machine:
 
     @property
     def chunk_seconds(self) -> float:
-        """The time after which a load may be overtaken by a more urgent one, its share of the latency included.
-
-        On a slow link that is sooner than `chunk_bytes` say, as on the engine's own.
-        """
-        chunk_bytes = min(self.chunk_bytes, PACED_CHUNK_SECONDS * self.link_bandwidth)
+        """The time after which a load may be overtaken by a more urgent one, its share of the latency included."""
+        chunk_bytes = float(self.chunk_bytes)
+        if self.paced:
+            chunk_bytes = min(chunk_bytes, PACED_CHUNK_SECONDS * self.link_bandwidth)
         return self.load_seconds * min(1.0, chunk_bytes / self.record_bytes)
