@@ -1,10 +1,8 @@
 """Devices for tests: every one that this machine has, and simulated ones that can be looked into."""
 
-import threading
-
 import pytest
 import torch
-from links import PATIENCE
+from links import Turnstile
 
 from foregate.memory.cuda import CudaDevice
 from foregate.memory.device import Device, Mark
@@ -48,24 +46,12 @@ class WatchedDevice(SimulatedDevice):
 
 
 class GatedDevice(SimulatedDevice):
-    """Copies wait until they are let through; `begun` lists their targets in order."""
+    """Copies go through a turnstile, whose `begun` lists their targets."""
 
     def __init__(self) -> None:
         super().__init__(None, 0.0, MEMORY)
-        self.begun: list[torch.Tensor] = []
-        self._permits, self._more = threading.Semaphore(0), threading.Condition()
-
-    def wait_begun(self, count: int) -> None:
-        """Wait until so many copies have begun."""
-        with self._more:
-            assert self._more.wait_for(lambda: len(self.begun) >= count, PATIENCE), "no copy begins"
-
-    def let_through(self, count: int = 1000) -> None:
-        self._permits.release(count)
+        self.gate = Turnstile()
 
     def copy(self, target: torch.Tensor, source: torch.Tensor, after: Mark | None) -> None:
-        with self._more:
-            self.begun.append(target)
-            self._more.notify_all()
-        assert self._permits.acquire(timeout=PATIENCE), "nobody lets the copy through"
+        self.gate.go_through(target)
         super().copy(target, source, after)

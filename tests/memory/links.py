@@ -4,6 +4,7 @@ import os
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -49,28 +50,55 @@ class Listener:
         return [finished.key for finished in self.told]
 
 
-class Gate:
-    """Reads of the experts file wait here until they are let through; `begun` lists their (record, chunk) in order."""
+class Turnstile:
+    """Threads that go through wait here until they are let through, first come, first served.
 
-    def __init__(self, store: Store, chunk_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
-        self._store, self._chunk_bytes = store, chunk_bytes
-        self._real, self._permits, self._more = os.preadv, threading.Semaphore(0), threading.Condition()
-        self.begun: list[tuple[ExpertKey, int]] = []
-        monkeypatch.setattr(os, "preadv", self._read)
+    `begun` lists what they came for, in the order in which they came.
+    """
+
+    def __init__(self) -> None:
+        self.begun: list[Any] = []
+        self._changed = threading.Condition()  # guards what follows, and `begun`
+        self._came = self._allowed = 0
 
     def wait_begun(self, count: int) -> None:
-        """Wait until so many reads have begun."""
-        with self._more:
-            assert self._more.wait_for(lambda: len(self.begun) >= count, PATIENCE), "no read begins"
+        """Wait until `begun` is so long."""
+        with self._changed:
+            assert self._changed.wait_for(lambda: len(self.begun) >= count, PATIENCE), "nobody comes"
 
     def let_through(self, count: int = 1000) -> None:
-        self._permits.release(count)
+        with self._changed:
+            self._allowed += count
+            self._changed.notify_all()
+
+    def let_through_singly(self, total: int) -> None:
+        """Each when the one before has come back, until `total` have begun; then all.
+
+        One thread at a time is on its way, so they come, and load after load is finished, in the order of their claims.
+        """
+        while (count := len(self.begun)) < total:
+            self.let_through(1)
+            self.wait_begun(count + 1)
+        self.let_through()
+
+    def go_through(self, what: object) -> None:
+        with self._changed:
+            ticket, self._came = self._came, self._came + 1
+            self.begun.append(what)
+            self._changed.notify_all()
+            assert self._changed.wait_for(lambda: ticket < self._allowed, PATIENCE), "nobody lets it through"
+
+
+class Gate(Turnstile):
+    """Reads of the experts file wait until they are let through; `begun` lists their (record, chunk)."""
+
+    def __init__(self, store: Store, chunk_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+        super().__init__()
+        self._store, self._chunk_bytes, self._real = store, chunk_bytes, os.preadv
+        monkeypatch.setattr(os, "preadv", self._read)
 
     def _read(self, fd: int, buffers: list[memoryview], offset: int) -> int:
-        with self._more:
-            self.begun.append(self._place(offset))
-            self._more.notify_all()
-        assert self._permits.acquire(timeout=PATIENCE), "nobody lets the read through"
+        self.go_through(self._place(offset))
         return self._real(fd, buffers, offset)
 
     def _place(self, offset: int) -> tuple[ExpertKey, int]:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from devices import DEVICES, GatedDevice, WatchedDevice, open_device
-from links import Gate, Listener, records_of
+from links import Gate, Listener, Turnstile, records_of
 
 from foregate.checkpoint.store import ExpertKey, Store
 from foregate.errors import ForegateError
@@ -89,7 +89,7 @@ def make(opened: Store) -> Iterator[MakeTiers]:
 def gated() -> Iterator[GatedDevice]:
     device = GatedDevice()
     yield device
-    device.let_through()
+    device.gate.let_through()
 
 
 # -- bytes ------------------------------------------------------------------------------------------------------------
@@ -127,15 +127,10 @@ def test_chunks_are_as_large_as_what_is_slowest_on_the_way_wants(opened: Store) 
 def test_a_demand_load_waits_for_one_copy_a_reader_and_the_prefetch_resumes(
     opened: Store, make: MakeTiers, gated: GatedDevice, readers: int
 ) -> None:
-    tiers, chunks = make(gated, readers=readers), -(-opened.record_bytes // SMALL)
-    tiers.load((0, 0), demand=False)
-    gated.wait_begun(readers)
-    tiers.load((1, 1))
-    gated.let_through()
-    tiers.listener.wait(2)
-    begun = [divmod(target.storage_offset() // opened.record_bytes, 8) for target in gated.begun]
-    check_demand_overtook(begun, readers, chunks)
-    assert tiers.listener.keys == [(1, 1), (0, 0)]
+    tiers = make(gated, readers=readers)
+    let_demand_overtake(tiers, gated.gate, readers)
+    begun = [divmod(target.storage_offset() // opened.record_bytes, 8) for target in gated.gate.begun]
+    check_demand_overtook(begun, opened, readers)
 
 
 @pytest.mark.parametrize("readers", [1, 2])
@@ -144,20 +139,29 @@ def test_a_demand_load_waits_for_one_read_a_reader_where_the_disk_is_on_the_way(
 ) -> None:
     gate = Gate(opened, SMALL, monkeypatch)
     gate.let_through(1)  # the read that tries out direct reads
-    tiers, chunks = make(SimulatedDevice(None, 0.0, 1 << 30), 3, readers, fill=False), -(-opened.record_bytes // SMALL)
+    tiers = make(SimulatedDevice(None, 0.0, 1 << 30), 3, readers, fill=False)
     gate.begun.clear()
+    let_demand_overtake(tiers, gate, readers)
+    check_demand_overtook([key for key, _ in gate.begun], opened, readers)
+
+
+def let_demand_overtake(tiers: Tiers, gate: Turnstile, readers: int) -> None:
+    """Load (0, 0) ahead, and (1, 1) on demand once every reader is at work."""
     tiers.load((0, 0), demand=False)
     gate.wait_begun(readers)
     tiers.load((1, 1))
-    gate.let_through()
+    gate.let_through_singly(2 * chunks_of(tiers.records.record_bytes((0, 0))))
     tiers.listener.wait(2)
-    check_demand_overtook([key for key, _ in gate.begun], readers, chunks)
+    assert tiers.listener.keys == [(1, 1), (0, 0)]
 
 
-def check_demand_overtook(begun: list[ExpertKey], readers: int, chunks: int) -> None:
-    """The prefetch (0, 0) was at work when (1, 1) was demanded; another reader may be between its claim and its copy."""
-    assert begun[:readers] == [(0, 0)] * readers and len(begun) == 2 * chunks
-    assert (1, 1) not in begun[readers + chunks + readers - 1 :]
+def check_demand_overtook(begun: list[ExpertKey], store: Store, readers: int) -> None:
+    chunks = chunks_of(store.record_bytes)
+    assert begun == [(0, 0)] * readers + [(1, 1)] * chunks + [(0, 0)] * (chunks - readers)
+
+
+def chunks_of(nbytes: int) -> int:
+    return -(-nbytes // SMALL)
 
 
 def test_a_cancelled_prefetch_frees_its_slot_after_the_copy_at_work(
@@ -165,14 +169,14 @@ def test_a_cancelled_prefetch_frees_its_slot_after_the_copy_at_work(
 ) -> None:
     tiers = make(gated)
     tiers.load((0, 0), demand=False)
-    gated.wait_begun(1)
+    gated.gate.wait_begun(1)
     tiers.link.cancel((0, 0))
     with pytest.raises(ValueError, match="already"):
         tiers.link.submit(Load((2, 2), 0))
-    gated.let_through(1)
+    gated.gate.let_through(1)
     (finished,) = tiers.listener.wait(1)
-    assert finished.dropped and finished.nbytes == SMALL and len(gated.begun) == 1
-    gated.let_through()
+    assert finished.dropped and finished.nbytes == SMALL and len(gated.gate.begun) == 1
+    gated.gate.let_through()
     tiers.link.submit(Load((2, 2), 0))
     tiers.listener.wait(2)
     assert torch.equal(tiers.slots[0], expected[(2, 2)])
@@ -284,10 +288,10 @@ def test_a_file_that_changes_while_a_record_has_lost_its_place_is_read_again(
 
     write_first_byte(first ^ before)
     tiers.load((1, 1), demand=False)
-    gated.wait_begun(1)  # its first chunk has been read
+    gated.gate.wait_begun(1)  # its first chunk has been read
     tiers.load((2, 2))  # takes the only place
     write_first_byte(first ^ after)
-    gated.let_through()
+    gated.gate.let_through()
     errors = {finished.key: finished.error for finished in tiers.listener.wait(2)}
     assert errors[(2, 2)] is None and torch.equal(tiers.slot((2, 2)), expected[(2, 2)])
     if after:
