@@ -69,6 +69,12 @@ def test_a_plan_for_a_person(prints: Callable[..., tuple[int, str, str]]) -> Non
     assert "\x1b[" not in out  # no colours when piped
 
 
+def test_a_plan_for_the_server_has_a_cache_for_every_reply(prints: Callable[..., tuple[int, str, str]]) -> None:
+    code, out, _ = prints("plan", DEMO / "mixtral-tiny", "--memory", "50%", "--context", 256, "--max-running", 8)
+    assert code == 0
+    assert "keys, values and states of 256 tokens, 8 times" in out
+
+
 def test_a_plan_for_a_card_shows_both_memories(prints: Callable[..., tuple[int, str, str]]) -> None:
     options = ("--device", "cuda", "--host-memory", "50%", "--link-bandwidth", "12GB", "--memory-bandwidth", "300GB")
     code, out, _ = prints("plan", DEMO / "mixtral-tiny", "--memory", "25%", *options)

@@ -62,8 +62,14 @@ def test_parts_add_up(demo_store: Path) -> None:
     assert foregate.plan(demo_store, "50%", policy="lru").budget.needs.gates == 0
 
 
-def test_load_divides_as_planned(demo_store: Path) -> None:
-    wanted = {"context": 64, "prompt": 8, "policy": "lru"}  # reading the gates takes more than this model's experts
+@pytest.mark.parametrize("sequences", [1, 3])
+def test_load_divides_as_planned(demo_store: Path, sequences: int) -> None:
+    wanted = {
+        "context": 64,
+        "prompt": 8,
+        "sequences": sequences,
+        "policy": "lru",
+    }  # reading the gates takes more than this model's experts
     budget = foregate.plan(demo_store, "25%", **wanted).budget
     granted = budget.needs.total + 80 * budget.slot_bytes
     planned = foregate.plan(demo_store, granted, **wanted)
@@ -71,6 +77,13 @@ def test_load_divides_as_planned(demo_store: Path) -> None:
     model.foregate.close()
     assert planned.budget == model.foregate.budget
     assert planned.budget.slots == 80
+
+
+def test_every_sequence_has_a_cache_and_one_of_them_reads_its_own(mixtral_8x7b: Path) -> None:
+    one, four = (foregate.plan(mixtral_8x7b, "25%", context=8192, sequences=count, policy="lru") for count in (1, 4))
+    assert four.budget.needs.kv_cache == 4 * one.budget.needs.kv_cache
+    assert four.speed == one.speed  # of decoding one sequence, with as many experts
+    assert four.to_json()["session"]["sequences"] == 4
 
 
 def test_what_cannot_fit_is_refused_with_what_would() -> None:
@@ -93,6 +106,7 @@ def test_what_cannot_fit_is_refused_with_what_would() -> None:
         ({"machine": "nowhere.json"}, "--machine nowhere.json cannot be read"),
         ({"machine": {"measured": {}}}, "no measurements for cpu"),
         ({"context": 0}, "at least 1 each"),
+        ({"sequences": 0}, "at least 1 each"),
     ],
 )
 def test_impossible_wishes(options: dict, message: str) -> None:

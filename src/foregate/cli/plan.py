@@ -35,6 +35,9 @@ def run(
     prompt: Annotated[
         int, typer.Option(metavar="N", min=1, help="Tokens of a prompt that one pass takes in.")
     ] = EngineConfig.prompt,
+    max_running: Annotated[
+        int, typer.Option(metavar="N", min=1, help="Replies that advance together, as of foregate serve.")
+    ] = 1,
     bits: Annotated[
         int | None,
         typer.Option(metavar="BITS", help=f"Bits of the experts once converted; by default {PlanConfig.bits}."),
@@ -76,6 +79,7 @@ def run(
         "host_memory": host_memory,
         "context": context,
         "prompt": prompt,
+        "sequences": max_running,
         "bits": bits,
         "backbone_bits": backbone_bits,
         "policy": policy,

@@ -13,7 +13,7 @@ MEANING = {
     "runtime": "Python, PyTorch, transformers, tokenizer",
     "backbone": "embeddings, attention, routers, norms, shared experts, head",
     "gates": "lookahead gates",
-    "kv_cache": "keys, values and states of {context:,} tokens",
+    "kv_cache": "keys, values and states of {cached}",
     "transients": "what a pass of {prompt:,} tokens holds for a moment",
     "buffers": "through which records pass",
 }
@@ -38,9 +38,10 @@ def print_plan(plan: Plan) -> None:
 def _division(plan: Plan) -> Table:
     budget, session = plan.budget, plan.session
     table = _table("" if budget.host is None else f"{plan.device} memory", "memory", "", "")
+    cached = f"{session.context:,} tokens" + (f", {session.sequences} times" if session.sequences > 1 else "")
     for name, nbytes in budget.needs.parts.items():
         if nbytes:
-            meaning = MEANING[name].format(context=session.context, prompt=session.prompt)
+            meaning = MEANING[name].format(cached=cached, prompt=session.prompt)
             if name == "runtime" and budget.host is not None:
                 meaning = "the driver's context"
             table.add_row(name.replace("_", " ").replace("kv", "KV"), format_bytes(nbytes), meaning)

@@ -96,6 +96,7 @@ def plan(
     host_memory: str | None = None,
     context: int = EngineConfig.context,
     prompt: int = EngineConfig.prompt,
+    sequences: int = 1,
     bits: int | None = None,
     backbone_bits: int = ConvertConfig.backbone_bits,
     policy: str = EngineConfig.policy,
@@ -107,8 +108,8 @@ def plan(
     """Say where a model's bytes will go, and how fast it may be, from its configuration alone.
 
     model: a store, a checkpoint's folder (config.json is enough) or a hub id. memory: as for `foregate.load`, of the
-    device where that is not the CPU; host_memory: for records that wait in the host's memory beside it. context, prompt:
-    as for `load`. bits, backbone_bits: of a conversion to come; a store has its own. memory_bandwidth, link_bandwidth:
+    device where that is not the CPU; host_memory: for records that wait in the host's memory beside it. context, prompt,
+    sequences: as for `load`. bits, backbone_bits: of a conversion to come; a store has its own. memory_bandwidth, link_bandwidth:
     bytes/s, for the speed, or `machine`: a file that `foregate doctor --json` wrote, or its content; otherwise assumed.
 
     Raises ForegateError when the model cannot be read or does not fit, naming what would.
@@ -129,7 +130,7 @@ def plan(
         opened,
         str(memory),
         host_memory,
-        Session(context, prompt).within(context_limit(opened.architecture.model.config)),
+        Session(context, prompt, sequences).within(context_limit(opened.architecture.model.config)),
         TIERS[device],
         opened.policy(policy),
         backbone_bits,
@@ -226,11 +227,15 @@ class _Planner:
     def speed(self, budget: Budget, contents: Contents) -> "Speed":
         from foregate.planner.speed import estimate
 
+        return estimate(budget, contents, self.policy, self.figures, self.step_bytes(budget.needs))
+
+    def step_bytes(self, needs: Needs) -> int:
+        """What a decode step of one sequence reads beside experts: its cache is half full on average."""
         model = self.model.architecture.model
         embeddings = model.get_input_embeddings().weight
         tied = model.get_output_embeddings() is not None and model.get_output_embeddings().weight is embeddings
-        unread = 0 if tied else embeddings.numel() * self.tier.dtype.itemsize
-        return estimate(budget, contents, self.policy, self.figures, unread)
+        unread = 0 if tied else embeddings.numel() * self.tier.dtype.itemsize  # but for one row
+        return needs.backbone - unread + needs.kv_cache // (2 * self.session.sequences)
 
     def largest_context(self, contents: Contents) -> int:
         limit = context_limit(self.model.architecture.model.config) or self.session.context

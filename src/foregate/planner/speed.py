@@ -85,10 +85,10 @@ def measured_figures(machine: Mapping[str, Any] | str | Path, device: str) -> Fi
         ) from None
 
 
-def estimate(budget: Budget, contents: Contents, policy: str, figures: Figures, embedding_bytes: int) -> Speed:
-    """The speed of a budget. embedding_bytes: of the token embeddings, of which a step reads one row only."""
+def estimate(budget: Budget, contents: Contents, policy: str, figures: Figures, step_bytes: int) -> Speed:
+    """The speed of a budget. step_bytes: what a decode step reads of the backbone and the cache."""
     routings = sorted((load_routing(name) for name in NAMES), key=lambda routing: _unlike(routing, contents))
-    speeds = [_simulated(budget, contents, policy, figures, embedding_bytes, routing) for routing in routings]
+    speeds = [_simulated(budget, contents, policy, figures, step_bytes, routing) for routing in routings]
     spread = PlanConfig.uncertainty
     return Speed(min(speeds) * (1 - spread), speeds[0], max(speeds) * (1 + spread), routings[0].name)
 
@@ -100,11 +100,11 @@ def _unlike(routing: Routing, contents: Contents) -> float:
 
 
 def _simulated(
-    budget: Budget, contents: Contents, policy: str, figures: Figures, embedding_bytes: int, routing: Routing
+    budget: Budget, contents: Contents, policy: str, figures: Figures, step_bytes: int, routing: Routing
 ) -> float:
     traced, top_k = routing.shape, max(routing.shape.top_k)
     time_scale = len(contents.layers) / len(traced.experts)
-    machine = _machine(budget, contents, figures, embedding_bytes, contents.top_k / top_k, time_scale)
+    machine = _machine(budget, contents, figures, step_bytes, contents.top_k / top_k, time_scale)
     slots = round(budget.slots / contents.num_experts * sum(traced.experts))
     scheduler = make_scheduler(policy, max(slots, top_k), traced)
     outcome = run(routing.calls, scheduler, machine, PlanConfig.warm_up)
@@ -112,15 +112,14 @@ def _simulated(
 
 
 def _machine(
-    budget: Budget, contents: Contents, figures: Figures, embedding_bytes: int, each: float, time_scale: float
+    budget: Budget, contents: Contents, figures: Figures, step_bytes: int, each: float, time_scale: float
 ) -> Machine:
     """The machine as a traced model sees it, each of whose experts is `each` real ones and each layer `time_scale`.
 
     On a device every load takes the mean time: as many of them come from the disk as of all records lie only there.
     """
-    layers, needs = len(contents.layers), budget.needs
+    layers = len(contents.layers)
     reached = figures.reached * figures.memory_bandwidth
-    step_bytes = needs.backbone - embedding_bytes + needs.kv_cache // 2
     record = each * sum(n.num_experts * n.layout.nbytes for n in contents.layers) / contents.num_experts
     on_disk = 0.0 if budget.host is None else 1 - budget.host.records / contents.num_experts
     seconds_a_byte = (1 - on_disk) / figures.link_bandwidth + on_disk / figures.disk_bandwidth
