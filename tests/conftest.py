@@ -1,5 +1,6 @@
 """Shared fixtures: tiny checkpoints and their stores, made once per test process."""
 
+import gc
 import os
 import subprocess
 
@@ -30,6 +31,15 @@ settings.register_profile("here", deadline=None)  # a busy machine is no failure
 settings.load_profile("here")
 logging.disable_progress_bar()
 torch.set_num_threads(1)  # test processes share the cores
+
+
+def pytest_collection_finish() -> None:
+    """Libraries and tests stay: every model that is loaded collects garbage, and need not look through them."""
+    gc.freeze()
+
+
+def pytest_unconfigure() -> None:
+    gc.unfreeze()
 
 
 def save_byte_tokenizer(path: Path) -> None:
