@@ -37,11 +37,10 @@ def test_decoding_takes_what_the_slower_of_link_and_compute_takes(
     for _ in range(ATTEMPTS):
         seconds, link = decode(demo_store, computed)
         compute = sum(computed)
-        assert 0.75 < link / compute < 1.35, "link and compute are meant to be equal"
-        attempts.append(seconds / max(link, compute))
-        if attempts[-1] < 1.1:
+        attempts.append((seconds / max(link, compute), link / compute))
+        if attempts[-1][0] < 1.1 and 0.75 < attempts[-1][1] < 1.35:  # they are meant to be equal
             return
-    pytest.fail(f"decoding took {', '.join(f'{attempt:.2f}' for attempt in attempts)} times as long as the slower")
+    pytest.fail(f"(seconds over those of the slower, link over compute): {attempts}")
 
 
 def decode(store: Path, computed: list[float]) -> tuple[float, float]:
