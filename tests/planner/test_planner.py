@@ -64,12 +64,8 @@ def test_parts_add_up(demo_store: Path) -> None:
 
 @pytest.mark.parametrize("sequences", [1, 3])
 def test_load_divides_as_planned(demo_store: Path, sequences: int) -> None:
-    wanted = {
-        "context": 64,
-        "prompt": 8,
-        "sequences": sequences,
-        "policy": "lru",
-    }  # reading the gates takes more than this model's experts
+    # Not with gates: reading them takes more than this model's experts.
+    wanted = {"context": 64, "prompt": 8, "sequences": sequences, "policy": "lru"}
     budget = foregate.plan(demo_store, "25%", **wanted).budget
     granted = budget.needs.total + 80 * budget.slot_bytes
     planned = foregate.plan(demo_store, granted, **wanted)

@@ -254,8 +254,9 @@ def test_health_metrics_and_experts_agree(live: Live) -> None:
 def experts_and_metrics(live: Live) -> tuple[dict[str, Any], str]:
     """Of the same moment: the last prefetches may arrive after a reply."""
     before = live.get("/v1/experts").json
-    while True:
+    for _ in range(50):
         metrics, after = live.get("/metrics").body.decode(), live.get("/v1/experts").json
         if before["totals"] == after["totals"]:
             return after, metrics
         before = after
+    raise AssertionError("an idle server keeps counting")

@@ -109,8 +109,9 @@ def plan(
 
     model: a store, a checkpoint's folder (config.json is enough) or a hub id. memory: as for `foregate.load`, of the
     device where that is not the CPU; host_memory: for records that wait in the host's memory beside it. context, prompt,
-    sequences: as for `load`. bits, backbone_bits: of a conversion to come; a store has its own. memory_bandwidth, link_bandwidth:
-    bytes/s, for the speed, or `machine`: a file that `foregate doctor --json` wrote, or its content; otherwise assumed.
+    sequences: as for `load`; the speed is that of one sequence. bits, backbone_bits: of a conversion to come; a store has
+    its own. memory_bandwidth, link_bandwidth: bytes/s, for the speed, or `machine`: a file that `foregate doctor --json`
+    wrote, or its content; otherwise assumed.
 
     Raises ForegateError when the model cannot be read or does not fit, naming what would.
     """
