@@ -17,10 +17,8 @@ import torch
 if not torch.cuda.is_available():  # before Triton is imported: its kernels then run in NumPy
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-from families import save_tiny
+from families import save_byte_tokenizer, save_tiny
 from hypothesis import settings
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 from transformers.utils import logging
 
 import foregate
@@ -40,16 +38,6 @@ def pytest_collection_finish() -> None:
 
 def pytest_unconfigure() -> None:
     gc.unfreeze()
-
-
-def save_byte_tokenizer(path: Path) -> None:
-    """A tokenizer with one token per byte, so that tiny models of 256 tokens read any text."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    core = Tokenizer(models.BPE({symbol: i for i, symbol in enumerate(alphabet)}, []))
-    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    core.decoder = decoders.ByteLevel()
-    template = "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}"
-    PreTrainedTokenizerFast(tokenizer_object=core, chat_template=template).save_pretrained(path)
 
 
 @pytest.fixture(scope="session")

@@ -4,7 +4,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForImageTextToText, PretrainedConfig, PreTrainedModel
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    AutoConfig,
+    AutoModelForImageTextToText,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 from foregate.checkpoint.architecture import auto_class
 
@@ -546,3 +553,13 @@ def save_tiny(family: str, path: Path, **save_options: Any) -> PreTrainedModel:
     model = tiny_model(family)
     model.save_pretrained(path, **save_options)
     return model
+
+
+def save_byte_tokenizer(path: Path) -> None:
+    """A tokenizer with one token per byte, so that tiny models of 256 tokens read any text."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    core = Tokenizer(models.BPE({symbol: i for i, symbol in enumerate(alphabet)}, []))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    template = "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}"
+    PreTrainedTokenizerFast(tokenizer_object=core, chat_template=template).save_pretrained(path)

@@ -175,7 +175,7 @@ def test_killed_at_random_moments_it_ends_byte_identical(tmp_path: Path) -> None
 
 
 def test_peak_memory_is_bounded_by_a_layer_not_by_the_model(tmp_path: Path) -> None:
-    """A 1.2 GB checkpoint, whose bound (a 48 MB layer + 500 MB) it exceeds, converts within the bound."""
+    """A 630 MB checkpoint, whose bound (a 25 MB layer + 500 MiB) it exceeds, converts within the bound."""
     source = tmp_path / "source"
     layer_bytes = write_large_mixtral(source, layers=24, experts=8, hidden=512, inner=1024)
     total = sum(path.stat().st_size for path in source.glob("*.safetensors"))
@@ -189,8 +189,6 @@ def test_peak_memory_is_bounded_by_a_layer_not_by_the_model(tmp_path: Path) -> N
         [sys.executable, "-c", code, source, tmp_path / "store"], check=True, capture_output=True, text=True
     )
     assert int(done.stdout) < bound, f"peak {int(done.stdout) / 2**20:.0f} MiB"
-    shutil.rmtree(source)  # the test's folders are kept for a while: leave no gigabytes there
-    shutil.rmtree(tmp_path / "store")
 
 
 def test_lack_of_space_is_said_before_anything_is_written(small_disk: Path, checkpoint: Callable[[str], Path]) -> None:

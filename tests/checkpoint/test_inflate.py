@@ -1,9 +1,10 @@
 """Inflated models compute what the small ones do."""
 
 import json
+import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -25,11 +26,12 @@ IDS = torch.randint(3, 250, (2, 40), generator=torch.Generator().manual_seed(1))
 
 
 @pytest.fixture(scope="module", params=DEMO_SIZES)
-def demo(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A trained model and its inflated version."""
+def demo(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, Path]]:
+    """A trained model and its inflated version, which goes again: it has 128 MB."""
     hidden, ffn = DEMO_SIZES[request.param]
     wide = tmp_path_factory.mktemp("inflated") / request.param
-    return DEMO / request.param, inflate(DEMO / request.param, wide, hidden=hidden, ffn=ffn, shard_bytes=40 << 20)
+    yield DEMO / request.param, inflate(DEMO / request.param, wide, hidden=hidden, ffn=ffn, shard_bytes=40 << 20)
+    shutil.rmtree(wide)
 
 
 def float_model(path: Path) -> PreTrainedModel:
