@@ -140,6 +140,8 @@ def test_a_paced_link_can_be_overtaken_every_half_millisecond() -> None:
     slow = replace(MACHINE, link_bandwidth=1e8)
     assert slow.chunk_seconds == pytest.approx(0.0005)
     assert replace(slow, paced=False).chunk_seconds == pytest.approx(0.0025)  # a disk is read in whole chunks
+    crawling = replace(MACHINE, link_bandwidth=1.0)
+    assert crawling.chunk_seconds == pytest.approx(4096)  # a block of the disk, as the engine's
 
 
 def test_every_reader_holds_a_chunk_that_cannot_be_overtaken() -> None:

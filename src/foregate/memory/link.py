@@ -14,7 +14,12 @@ from foregate.memory.meter import Meter, Pacer
 from foregate.memory.transfers import Chunk, Transfer, TransferQueue
 from foregate.schedule import Load
 
-PACED_CHUNK_SECONDS = 0.0005  # of link time at most, so that a slow link too is paced evenly and soon free for demand
+PACED_CHUNK_SECONDS = 0.0005  # of link time, so that a slow link too is paced evenly and soon free for demand
+
+
+def paced_chunk_bytes(bandwidth: float) -> float:
+    """Of a link paced to so many bytes/s, at most: half a millisecond, but not less than the disk's blocks."""
+    return max(bandwidth * PACED_CHUNK_SECONDS, ALIGNMENT)
 
 
 @dataclass(frozen=True)
@@ -62,8 +67,7 @@ class Link:
             raise ValueError(f"no link has readers={readers}, bandwidth={bandwidth}, latency={latency}")
         chunk_bytes = carrier.chunk_bytes
         if bandwidth is not None:
-            paced = int(min(bandwidth * PACED_CHUNK_SECONDS, chunk_bytes))
-            chunk_bytes = max(paced // ALIGNMENT, 1) * ALIGNMENT
+            chunk_bytes = int(min(paced_chunk_bytes(bandwidth), chunk_bytes)) // ALIGNMENT * ALIGNMENT
         self._carrier, self._slot_count, self._finished = carrier, slots, finished
         self._changed = threading.Condition()  # guards everything below
         self._queue = TransferQueue(record_bytes, chunk_bytes)

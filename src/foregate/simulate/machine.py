@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from foregate.memory.link import PACED_CHUNK_SECONDS
+from foregate.memory.link import paced_chunk_bytes
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,6 @@ class Machine:
     @property
     def chunk_seconds(self) -> float:
         """The time after which a load may be overtaken by a more urgent one, its share of the latency included."""
-        chunk_bytes = float(self.chunk_bytes)
-        if self.paced:
-            chunk_bytes = min(chunk_bytes, PACED_CHUNK_SECONDS * self.link_bandwidth)
+        paced = paced_chunk_bytes(self.link_bandwidth) if self.paced else self.chunk_bytes
+        chunk_bytes = min(self.chunk_bytes, paced)
         return self.load_seconds * min(1.0, chunk_bytes / self.record_bytes)
